@@ -1,0 +1,34 @@
+"""Random Orthogonal Subspace Adaptation as pure functions over a TensorDict.
+
+>>> import rosa_func, torch
+>>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+>>> state = rosa_func.init(model, r=2)
+>>> y = rosa_func.call(model, state, torch.ones(3, 6))
+>>> state = rosa_func.resample(state, key=1)
+"""
+
+from rosa_func import samplers
+from rosa_func.compose import call, compose, skeleton
+from rosa_func.count import Count, count
+from rosa_func.keys import fold_in
+from rosa_func.method import Method, method
+from rosa_func.state import init, merge, named_parameters, parameters, resample
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Count",
+    "Method",
+    "call",
+    "compose",
+    "count",
+    "fold_in",
+    "init",
+    "merge",
+    "method",
+    "named_parameters",
+    "parameters",
+    "resample",
+    "samplers",
+    "skeleton",
+]

@@ -1,0 +1,144 @@
+"""From a state to the model's weights: composed weights, `call`, and weightless copies."""
+
+import copy
+from typing import Any
+
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from rosa_func import state as states
+from rosa_func import targets
+from rosa_func.composed import composed
+
+
+def compose(state: TensorDict) -> dict[str, Tensor]:
+    """Return the weights for `torch.func.functional_call`, without forming A B.
+
+    An adapted weight is a tensor that looks like its residual R, of the model's dtype and device,
+    and stands for R + A B. `linear`, `addmm`, `matmul`, `embedding`, the convolutions and
+    transposes apply the factors,
+
+        x W = x R + (x A) B,
+
+    and so never form the gradient of W. Whatever else is asked of it forms the dense weight:
+    slower, still right. Differentiate with respect to `state["trainable"]`.
+
+    Args:
+        state: a state of `init` or `resample`.
+
+    Returns:
+        {name: tensor} for every parameter and persistent buffer, tied ones once.
+
+    Raises:
+        KeyError: if an entry of the state is missing (named).
+
+    Example:
+        >>> import rosa_func, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> state, x = rosa_func.init(model, 2), torch.ones(1, 6)
+        >>> y = torch.func.functional_call(model, rosa_func.compose(state), (x,))
+        >>> torch.allclose(y, model(x), atol=1e-6)
+        True
+    """
+    adapted = set(states.check(state))
+    weights = dict(state["frozen"].items())
+    for name, value in state["trainable"].items():
+        if name in adapted:
+            weights[name] = composed(weights[name], value["A"], value["B"])
+        else:
+            weights[name] = value
+    return weights
+
+
+def call(model: nn.Module, state: TensorDict, /, *args: Any, **kwargs: Any) -> Any:
+    """Compute model(*args, **kwargs) with the weights of the state; the model is not written to.
+
+    It is `functional_call(model, compose(state), args, kwargs)`, checked: names and shapes must
+    fit, and the buffers of modules in training mode (the statistics of BatchNorm) are cloned, so
+    that what the forward pass writes to them is dropped.
+
+    With a transformers model under `vmap` or `torch.compile`, return `.logits` and pass
+    `use_cache=False`. Dropout under `vmap` needs `vmap(..., randomness="different")` (or
+    "same").
+
+    Args:
+        model: the model, or its `skeleton`.
+        state: a state of `init` or `resample`.
+        args: passed on.
+        kwargs: passed on.
+
+    Returns:
+        Whatever the model returns.
+
+    Raises:
+        KeyError: if the state lacks a tensor of the model, or has one that the model has not.
+        ValueError: if a shape differs (both are named).
+
+    Example:
+        >>> import rosa_func, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> state, x = rosa_func.init(model, 2), torch.ones(3, 6)
+        >>> rosa_func.call(model, state, x).shape
+        torch.Size([3, 4])
+    """
+    weights = compose(state)
+    _check_fit(model, weights)
+    for prefix, module in model.named_modules():
+        if module.training:
+            for name, buffer in module.named_buffers(prefix, recurse=False):
+                weights[name] = weights.get(name, buffer).clone()
+    return functional_call(model, weights, args, kwargs)
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """Return a weightless copy of the model, so that the model can be let go.
+
+    Its parameters and persistent buffers are on the meta device, ties kept; non-persistent
+    buffers, which no state holds, are real. `call(skeleton(model), state, ...)` equals
+    `call(model, state, ...)` bit for bit.
+
+    Args:
+        model: any `nn.Module`.
+
+    Returns:
+        A module of the same class. To compute with it, pass it to `call` with a state.
+
+    Example:
+        >>> import rosa_func, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> state, x = rosa_func.init(model, 2), torch.ones(3, 6)
+        >>> y = rosa_func.call(model, state, x)
+        >>> model = rosa_func.skeleton(model)
+        >>> torch.equal(rosa_func.call(model, state, x), y)
+        True
+    """
+    # deepcopy takes what the memo holds instead of copying it: no weight is ever copied, and one
+    # stand-in for a tensor under several names keeps the tie.
+    stand_ins: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()
+    }
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                stand_ins[id(buffer)] = buffer.detach().to("meta")
+    return copy.deepcopy(model, stand_ins)
+
+
+def _check_fit(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    expected = targets.tensors(model)
+    if missing := [name for name in expected if name not in weights]:
+        raise KeyError(
+            f"the state lacks {missing[0]} of {type(model).__name__}; was it made from this model?"
+        )
+    if unknown := [name for name in weights if name not in expected]:
+        raise KeyError(
+            f"the state has {unknown[0]}, which {type(model).__name__} has not; "
+            "was it made from this model?"
+        )
+    for name, tensor in expected.items():
+        if tensor.shape != weights[name].shape:
+            raise ValueError(
+                f"{name} has shape {tuple(weights[name].shape)} in the state and "
+                f"{tuple(tensor.shape)} in {type(model).__name__}"
+            )

@@ -1,0 +1,169 @@
+"""The composed weight: a tensor that stands for R + A B without forming it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+class Composed(Tensor):
+    """A residual R that stands for R + A B wherever it is used as a weight.
+
+    Made of plain differentiable operations on R, A and B, so that every transform of torch.func
+    goes through it.
+    """
+
+    R: Tensor
+    A: Tensor
+    B: Tensor
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Apply the factors where a rule is known, else form the dense weight."""
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _RULES:
+                result = _RULES[func](func, *args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+            args, kwargs = tree_map(_dense, (args, kwargs))
+            return func(*args, **kwargs)
+
+
+def composed(R: Tensor, A: Tensor, B: Tensor) -> Composed:
+    """Return a tensor that looks like R and stands for R + A B; A and B take R's dtype."""
+    weight = R.as_subclass(Composed)
+    weight.R = R
+    weight.A = A.to(R.dtype)
+    weight.B = B.to(R.dtype)
+    return weight
+
+
+def _dense(value: Any) -> Any:
+    if isinstance(value, Composed):
+        return value.R + (value.A @ value.B).view(value.R.shape)
+    return value
+
+
+def _plus_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return base + left @ right in one pass over base."""
+    if base.ndim < 2:
+        return base + left @ right
+    flat = torch.addmm(base.flatten(0, -2), left.flatten(0, -2), right)
+    return flat.view(base.shape)
+
+
+def _linear(func: Any, x: Any, w: Any, bias: Any = None) -> Any:
+    if not _only_weight(w, x, bias):
+        return NotImplemented
+    return _plus_product(func(x, w.R, bias), func(x, w.B), w.A.t())
+
+
+def _addmm(func: Any, bias: Any, x: Any, w: Any, **scales: Any) -> Any:
+    if scales or not _only_weight(w, x, bias):
+        return NotImplemented
+    return torch.addmm(torch.addmm(bias, x, w.R), x @ w.A, w.B)
+
+
+def _matmul(func: Any, left: Any, right: Any, **out: Any) -> Any:
+    if out or not (left.ndim and right.ndim):
+        return NotImplemented
+    if _only_weight(right, left):
+        return _plus_product(left @ right.R, left @ right.A, right.B)
+    if _only_weight(left, right):
+        return left.R @ right + left.A @ (left.B @ right)
+    return NotImplemented
+
+
+def _rmatmul(func: Any, right: Any, left: Any) -> Any:
+    return _matmul(func, left, right)
+
+
+def _embedding(
+    func: Any,
+    indices: Any,
+    w: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    if max_norm is not None or scale_grad_by_freq or not _only_weight(w, indices):
+        return NotImplemented
+    rows = func(indices, w.A) @ w.B
+    if padding_idx is not None:
+        # A padded row gives no gradient to the weight, so none to A and none to B.
+        padded = (indices == padding_idx % w.R.shape[0]).unsqueeze(-1)
+        rows = torch.where(padded, rows.detach(), rows)
+    return func(indices, w.R) + rows
+
+
+def _convolution(
+    func: Any,
+    x: Any,
+    w: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    if groups != 1 or not _only_weight(w, x, bias):
+        return NotImplemented
+    spatial = w.R.shape[2:]
+    inner = func(x, w.B.view(-1, *w.R.shape[1:]), None, stride, padding, dilation)
+    outer = func(inner, w.A.view(*w.A.shape, *(1 for _ in spatial)))
+    return func(x, w.R, bias, stride, padding, dilation) + outer
+
+
+def _transpose(func: Any, w: Any, *dims: Any) -> Any:
+    if w.R.ndim != 2 or (dims and {dim % 2 for dim in dims} != {0, 1}):
+        return NotImplemented
+    return composed(w.R.t(), w.B.t(), w.A.t())
+
+
+def _only_weight(w: Any, *others: Any) -> bool:
+    return isinstance(w, Composed) and not any(isinstance(other, Composed) for other in others)
+
+
+def _getter(attribute: str) -> Any:
+    return getattr(Tensor, attribute).__get__
+
+
+# The operations in which modules use their weights.
+_RULES: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    F.embedding: _embedding,
+    F.conv1d: _convolution,
+    F.conv2d: _convolution,
+    F.conv3d: _convolution,
+    torch.addmm: _addmm,
+    **dict.fromkeys([torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__], _matmul),
+    Tensor.__rmatmul__: _rmatmul,
+    **dict.fromkeys(
+        [torch.t, Tensor.t, torch.transpose, Tensor.transpose, *map(_getter, ("T", "mT"))],
+        _transpose,
+    ),
+}
+
+# What can be answered from R alone.
+_METADATA = {
+    *map(_getter, ("shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes")),
+    *map(_getter, ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized")),
+    *(getattr(Tensor, name) for name in ("size", "dim", "numel", "nelement", "ndimension")),
+    *(getattr(Tensor, name) for name in ("is_floating_point", "is_complex", "element_size")),
+    *(getattr(Tensor, name) for name in ("get_device", "__len__")),
+    *(torch.is_floating_point, torch.is_complex, torch.numel),
+}

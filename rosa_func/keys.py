@@ -1,0 +1,64 @@
+"""Keys are plain integers: values to pass around, never a hidden state."""
+
+import hashlib
+
+import torch
+
+# Wrappers put these in front of a module's names; a draw must not depend on them.
+_COMPILED = "_orig_mod."
+_PARALLEL = "module."
+
+
+def fold_in(key: int, *data: int | str) -> int:
+    """Derive a new key from a key and some data.
+
+        fold_in(key, a, b) = the first 63 bits of SHA-256(key, a, b)
+
+    Every part counts in full: integers of any size and sign, and names. The same arguments give
+    the same key in every process, on every device.
+
+    Args:
+        key: an integer of any size.
+        data: integers or strings, in order.
+
+    Returns:
+        A key in [0, 2**63).
+
+    Raises:
+        TypeError: if a key is not an int, or data is neither int nor str (a bool is neither).
+
+    Example:
+        >>> from rosa_func import fold_in
+        >>> fold_in(0, "init") == fold_in(0, "init"), fold_in(0, 1) == fold_in(0, 2)
+        (True, False)
+    """
+    check_key(key)
+    for item in data:
+        if isinstance(item, bool) or not isinstance(item, int | str):
+            raise TypeError(
+                f"fold_in takes ints and strings, got {item!r} of type {type(item).__name__}"
+            )
+    # repr is injective on a tuple of ints and strings, so no two inputs share a text.
+    digest = hashlib.sha256(repr((key, *data)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def check_key(key: int) -> None:
+    """Refuse whatever is not a plain integer."""
+    if isinstance(key, bool) or not isinstance(key, int):
+        raise TypeError(
+            f"a key is an int, got {key!r} of type {type(key).__name__}; "
+            "pass for example key=0, or rosa_func.fold_in(key, step)"
+        )
+
+
+def generator(key: int, purpose: str, name: str) -> torch.Generator:
+    """Return the generator of one weight's draw; it lives on the CPU, whatever the weight's device.
+
+    `name` loses the prefixes of wrappers, so that a compiled or parallel model draws the same.
+    """
+    name = name.replace(_COMPILED, "")
+    while name.startswith(_PARALLEL):
+        name = name.removeprefix(_PARALLEL)
+    # A CPU generator uses the low 32 bits of its seed only; the hash has mixed all of the key in.
+    return torch.Generator().manual_seed(fold_in(key, purpose, name))

@@ -1,0 +1,343 @@
+"""The life of a state: init, resample, merge, and the leaves that train."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from rosa_func import exact as arithmetic
+from rosa_func import keys, samplers
+from rosa_func import targets as targeting
+from rosa_func.parallel import map_weights
+from rosa_func.samplers import Sampler, Site
+from rosa_func.targets import Rank, Targets
+
+
+class _Split(NamedTuple):
+    """One weight after a draw: all that the state holds of it."""
+
+    R: Tensor
+    A: Tensor
+    B: Tensor
+    c: Tensor | None
+
+
+def init(
+    model: nn.Module,
+    r: Rank,
+    *,
+    key: int = 0,
+    sampler: Sampler = samplers.random,
+    targets: Targets = None,
+    train: str | Iterable[str] = (),
+    exact: bool | None = None,
+) -> TensorDict:
+    """Split each target weight into a frozen residual and a trainable product of rank r.
+
+        W = R + A B,    W: m x n,    A: m x r,    B: r x n
+
+    The model is read, never written. The state shares the storage of every tensor that is not
+    adapted (and of the adapted ones with `samplers.lora`, where R = W); tensors in `train` are
+    cloned. Weights of more than two dimensions count as m x (the rest), as in a convolution.
+
+    Args:
+        model: any `nn.Module` with its weights in float16, bfloat16, float32 or float64. The
+            factors of a 16-bit weight are float32.
+        r: the rank: an int, a fraction of min(m, n) in (0, 1) (rounded down, at least 1), or a
+            mapping from patterns to either, of which the first match counts.
+        key: any int. Each weight draws from `fold_in(key, "init", name)`, so that a draw does
+            not depend on what else is adapted.
+        sampler: how A and B are drawn from W, see `rosa_func.samplers`.
+        targets: None for every `nn.Linear` and `Conv1D` weight of the backbone; a string or
+            strings, where "c_attn" means the weight of each module of that name, and anything
+            with `*` or `.` is an fnmatch pattern on parameter names; or a predicate
+            `(name, owning module) -> bool`.
+        train: names or patterns of parameters trained in full; "head" for a task head.
+        exact: keep what rounding took from R, so that a merge returns W bit for bit (True), or
+            not (False). None keeps it for 16-bit weights only, in their own dtype, which is
+            enough to keep repeated merges from drifting.
+
+    Returns:
+        A TensorDict with the entries `frozen` {name: tensor}, `trainable` {name: {A, B} or
+        tensor}, `input_dim` {name: 0 or 1}, and `compensation` {name: tensor} where kept. No
+        leaf requires a gradient: see `parameters`.
+
+    Raises:
+        ValueError: for a rank out of range, a pattern without a match, a weight both adapted and
+            in `train`, non-finite or meta weights, `max_norm` embeddings, nothing to adapt, or a
+            decomposition that does not converge.
+        TypeError: for a rank, key, pattern, `exact` or weight of the wrong type or dtype.
+
+    Warns:
+        UserWarning: if a task head would stay frozen at its random start.
+
+    Source: Hameed and Rabusseau 2023, "ROSA", equations 2-4.
+
+    Example:
+        >>> import rosa_func, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> state = rosa_func.init(model, 2)
+        >>> state["trainable", "0.weight", "A"].shape
+        torch.Size([4, 2])
+        >>> torch.allclose(rosa_func.merge(state)["0.weight"], model[0].weight, atol=1e-6)
+        True
+    """
+    keys.check_key(key)
+    if exact is not None and not isinstance(exact, bool):
+        raise TypeError(f"exact is True, False or None, got {exact!r}")
+    plan = targeting.plan(model, targets, train)
+    frozen = targeting.tensors(model)
+    targeting.check_rank_patterns(r, plan.adapted)
+    ranks = {
+        name: targeting.rank(r, name, _matrix_shape(name, frozen[name])) for name in plan.adapted
+    }
+
+    def work(name: str) -> _Split:
+        W = frozen[name]
+        site = Site(name, plan.adapted[name], keys.generator(key, "init", name))
+        kept = arithmetic.compensation_dtype(W.dtype, exact)
+        return _draw(W.flatten(1), ranks[name], sampler, site, W.dtype, kept)
+
+    splits = dict(zip(plan.adapted, map_weights(work, plan.adapted), strict=True))
+    input_dim = {name: torch.tensor(dim) for name, dim in plan.adapted.items()}
+    full = {name: frozen.pop(name).clone() for name in plan.full}
+    return _assemble(frozen, splits, full, input_dim)
+
+
+def resample(
+    state: TensorDict,
+    key: int,
+    *,
+    r: Rank | None = None,
+    sampler: Sampler = samplers.random,
+) -> TensorDict:
+    """Merge each adapted weight and draw a new subspace for it; the function stays the same.
+
+        W = R + A B,    then    W = R' + A' B'    with A', B' drawn from W
+
+    Nothing is differentiated through the decomposition. Where a compensation is kept, the sum
+    that is split again is the unrounded one, so 16-bit weights neither drift nor lose small
+    updates. Frozen tensors that are not adapted are shared with the given state, which stays as it
+    was; those trained in full are cloned.
+
+    Args:
+        state: a state of `init` or `resample`, trained or not.
+        key: any int; each weight draws from `fold_in(key, "resample", name)`. Pass another one
+            each time, such as the step.
+        r: None for the ranks as they are, or a new one as in `init`.
+        sampler: as in `init`; it need not be the one that drew the state.
+
+    Returns:
+        A new state, whose leaves require no gradient: take `parameters` of it anew.
+
+    Raises:
+        TypeError: if the key is not an int, or a rank has the wrong type.
+        ValueError: for a rank out of range, non-finite weights, or no convergence (named).
+        KeyError: if an entry of the state is missing (named).
+
+    Source: Hameed and Rabusseau 2023, "ROSA", algorithm 1.
+
+    Example:
+        >>> import rosa_func, torch
+        >>> state = rosa_func.init(torch.nn.Sequential(torch.nn.Linear(6, 4)), 2)
+        >>> new = rosa_func.resample(state, 1)
+        >>> old_weight, new_weight = (rosa_func.merge(s)["0.weight"] for s in (state, new))
+        >>> torch.allclose(old_weight, new_weight, atol=1e-6)
+        True
+    """
+    keys.check_key(key)
+    adapted = check(state)
+    if r is not None:
+        targeting.check_rank_patterns(r, adapted)
+
+    def work(name: str) -> _Split:
+        R, A, B, c = _parts(state, name)
+        rank = A.shape[1] if r is None else targeting.rank(r, name, (A.shape[0], B.shape[1]))
+        site = Site(name, int(state["input_dim", name]), keys.generator(key, "resample", name))
+        W = arithmetic.join(R, A, B, c)
+        return _draw(W, rank, sampler, site, R.dtype, None if c is None else c.dtype)
+
+    splits = dict(zip(adapted, map_weights(work, adapted), strict=True))
+    frozen = dict(state["frozen"].items())
+    full = {
+        name: value.detach().clone()
+        for name, value in state["trainable"].items()
+        if isinstance(value, Tensor)
+    }
+    return _assemble(frozen, splits, full, dict(state["input_dim"].items()))
+
+
+def merge(state: TensorDict) -> dict[str, Tensor]:
+    """Return the dense weights, ready for `load_state_dict`.
+
+        W = R + A B,    with a kept compensation c: W = R + c + A B, rounded once
+
+    Tied weights come once, under their first name: pass `strict=False` to `load_state_dict` then.
+    Tensors that are not adapted share their storage with the state.
+
+    Args:
+        state: a state of `init` or `resample`, trained or not.
+
+    Returns:
+        {name: tensor} in the model's own dtypes, without gradient.
+
+    Raises:
+        KeyError: if an entry of the state is missing (named).
+
+    Example:
+        >>> import rosa_func, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> weights = rosa_func.merge(rosa_func.init(model, 2, exact=True))
+        >>> torch.equal(weights["0.weight"], model[0].weight)
+        True
+    """
+    adapted = check(state)
+
+    def work(name: str) -> Tensor:
+        R, A, B, c = _parts(state, name)
+        return arithmetic.join(R, A, B, c).to(R.dtype).view(state["frozen", name].shape)
+
+    weights = {name: tensor.detach() for name, tensor in state["frozen"].items()}
+    weights.update(zip(adapted, map_weights(work, adapted), strict=True))
+    for name, value in state["trainable"].items():
+        if isinstance(value, Tensor):
+            weights[name] = value.detach()
+    return weights
+
+
+def named_parameters(state: TensorDict) -> dict[str, Tensor]:
+    """Return the trainable leaves by name, so that groups of them can have rates of their own.
+
+    Sets `requires_grad` on them, as `parameters` does.
+
+    Args:
+        state: a state of `init` or `resample`.
+
+    Returns:
+        {"h.0.attn.c_attn.weight.A": m x r, "h.0.attn.c_attn.weight.B": r x n, ...}
+
+    Example:
+        >>> import rosa_func, torch
+        >>> state = rosa_func.init(torch.nn.Sequential(torch.nn.Linear(6, 4)), 2)
+        >>> list(rosa_func.named_parameters(state))
+        ['0.weight.A', '0.weight.B']
+    """
+    leaves: dict[str, Tensor] = {}
+    for name, value in state["trainable"].items():
+        if isinstance(value, Tensor):
+            leaves[name] = value
+        else:
+            leaves.update({f"{name}.{factor}": value[factor] for factor in ("A", "B")})
+    for leaf in leaves.values():
+        leaf.requires_grad_(True)
+    return leaves
+
+
+def parameters(state: TensorDict) -> list[Tensor]:
+    """Return the trainable leaves, for `torch.optim`, with `requires_grad` set.
+
+    They are the state's own tensors, the same objects each time, so an optimizer's steps show in
+    the state. Move the state to its device first: `state.to(...)` makes new tensors. Mind that
+    weight decay on A and B decays *pretrained* content: set it to 0.
+
+    Args:
+        state: a state of `init` or `resample`.
+
+    Returns:
+        The factors A and B of each adapted weight, and the tensors trained in full.
+
+    Example:
+        >>> import rosa_func, torch
+        >>> state = rosa_func.init(torch.nn.Sequential(torch.nn.Linear(6, 4)), 2)
+        >>> optimizer = torch.optim.AdamW(rosa_func.parameters(state), 1e-3, weight_decay=0.0)
+    """
+    return list(named_parameters(state).values())
+
+
+def check(state: TensorDict) -> list[str]:
+    """Return the adapted names, after making sure that each has its residual and factors."""
+    if missing := [
+        part for part in ("frozen", "trainable", "input_dim") if part not in state.keys()
+    ]:
+        raise KeyError(f"the state has no entry {missing[0]!r}; it has {sorted(state.keys())}")
+    adapted = [name for name, value in state["trainable"].items() if not isinstance(value, Tensor)]
+    for name in adapted:
+        for factor in ("A", "B"):
+            if factor not in state["trainable", name].keys():
+                raise KeyError(f"the state lacks the factor {factor} of {name}")
+        if name not in state["frozen"].keys():
+            raise KeyError(f"the state lacks the frozen residual of {name}")
+        R, A, B, _ = _parts(state, name)
+        if A.shape[1] != B.shape[0] or (A.shape[0], B.shape[1]) != R.shape:
+            raise ValueError(
+                f"the factors of {name} have shapes {tuple(A.shape)} and {tuple(B.shape)}, "
+                f"which do not multiply to its residual's {tuple(R.shape)}"
+            )
+    return adapted
+
+
+def _parts(state: TensorDict, name: str) -> _Split:
+    """Return what the state holds of an adapted weight, R and c as matrices."""
+    R, factors = state["frozen", name], state["trainable", name]
+    c = state["compensation"].get(name, None) if "compensation" in state.keys() else None
+    c = None if c is None else c.flatten(1)
+    return _Split(R.detach().flatten(1), factors["A"].detach(), factors["B"].detach(), c)
+
+
+def _matrix_shape(name: str, weight: Tensor) -> tuple[int, int]:
+    if weight.numel() == 0:
+        raise ValueError(f"{name} is empty, of shape {tuple(weight.shape)}: nothing to factor")
+    return weight.shape[0], weight.numel() // weight.shape[0]
+
+
+def _draw(
+    W: Tensor, r: int, sampler: Sampler, site: Site, dtype: torch.dtype, kept: torch.dtype | None
+) -> _Split:
+    """Draw the factors of the matrix W and split it; refuse what no split can be made of."""
+    if not _all_finite(W):
+        raise ValueError(
+            f"{site.name} has non-finite values: load other weights, or lower the learning rate"
+        )
+    try:
+        A, B = sampler(W.to(arithmetic.factor_dtype(dtype)), r, site)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ValueError(f"the decomposition of {site.name} did not converge: {error}") from error
+    A, B = A.contiguous(), B.contiguous()
+    R, c = arithmetic.split(W, A, B, dtype, kept)
+    if dtype == torch.float16 and not _all_finite(R):
+        raise ValueError(
+            f"the residual of {site.name} is beyond float16's largest value, 65504; use bfloat16"
+        )
+    return _Split(R, A, B, c)
+
+
+def _all_finite(W: Tensor) -> bool:
+    low, high = W.aminmax()  # one pass without a mask; NaN shows in both
+    return bool(low.isfinite() and high.isfinite())
+
+
+def _assemble(
+    frozen: dict[str, Tensor],
+    splits: dict[str, _Split],
+    full: dict[str, Tensor],
+    input_dim: dict[str, Tensor],
+) -> TensorDict:
+    """Put a state together, with the residuals in the place of the weights."""
+    trainable: dict[str, Any] = {**full}
+    compensation = {}
+    for name, (R, A, B, c) in splits.items():
+        shape = frozen[name].shape
+        frozen[name] = R.view(shape)
+        trainable[name] = {"A": A, "B": B}
+        if c is not None:
+            compensation[name] = c.view(shape)
+    state: dict[str, dict[str, Any]] = {
+        "frozen": frozen,
+        "trainable": trainable,
+        "input_dim": input_dim,
+    }
+    if compensation:
+        state["compensation"] = compensation
+    return TensorDict({part: TensorDict(entries) for part, entries in state.items()})
