@@ -56,31 +56,38 @@ def _dense(value: Any) -> Any:
     return value
 
 
-def _plus_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return base + left @ right in one pass over base."""
-    if base.ndim < 2:
-        return base + left @ right
-    flat = torch.addmm(base.flatten(0, -2), left.flatten(0, -2), right)
-    return flat.view(base.shape)
+def _apply(x: Tensor, R: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x R + bias + (x A) B, for x of any number of rows, R: m x n.
+
+    Both factors are laid out with r first, in which BLAS is quickest, in backward too.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    base = rows @ R if bias is None else torch.addmm(bias, rows, R)
+    inner = rows @ A.t().contiguous().t()
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        out = torch.addmm(base, inner, B.contiguous())
+    else:  # without a copy of base, which no vmap can do
+        out = base.addmm_(inner, B.contiguous())
+    return out.view(*x.shape[:-1], R.shape[-1])
 
 
 def _linear(func: Any, x: Any, w: Any, bias: Any = None) -> Any:
     if not _only_weight(w, x, bias):
         return NotImplemented
-    return _plus_product(func(x, w.R, bias), func(x, w.B), w.A.t())
+    return _apply(x, w.R.t(), w.B.t(), w.A.t(), bias)
 
 
 def _addmm(func: Any, bias: Any, x: Any, w: Any, **scales: Any) -> Any:
     if scales or not _only_weight(w, x, bias):
         return NotImplemented
-    return torch.addmm(torch.addmm(bias, x, w.R), x @ w.A, w.B)
+    return _apply(x, w.R, w.A, w.B, bias)
 
 
 def _matmul(func: Any, left: Any, right: Any, **out: Any) -> Any:
     if out or not (left.ndim and right.ndim):
         return NotImplemented
     if _only_weight(right, left):
-        return _plus_product(left @ right.R, left @ right.A, right.B)
+        return _apply(left, right.R, right.A, right.B)
     if _only_weight(left, right):
         return left.R @ right + left.A @ (left.B @ right)
     return NotImplemented
