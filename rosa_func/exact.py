@@ -45,7 +45,7 @@ def split(
         R = W.to(dtype)
         return R, None if kept is None else (W - R).to(kept)
     A, B = _aligned(A), _aligned(B)
-    if kept is None and dtype == W.dtype:
+    if kept is None and dtype == A.dtype:
         return torch.addmm(W, A, B, alpha=-1), None
     wide = A.dtype if kept is None else torch.promote_types(A.dtype, kept)
     s, e = two_sum(W.to(wide), -(A @ B).to(wide))

@@ -325,7 +325,7 @@ def _assemble(
     input_dim: dict[str, Tensor],
 ) -> TensorDict:
     """Put a state together, with the residuals in the place of the weights."""
-    trainable: dict[str, Any] = {**full}
+    trainable: dict[str, Any] = {}
     compensation = {}
     for name, (R, A, B, c) in splits.items():
         shape = frozen[name].shape
@@ -335,7 +335,7 @@ def _assemble(
             compensation[name] = c.view(shape)
     state: dict[str, dict[str, Any]] = {
         "frozen": frozen,
-        "trainable": trainable,
+        "trainable": trainable | full,
         "input_dim": input_dim,
     }
     if compensation:

@@ -1,0 +1,60 @@
+"""Peak memory of training, each time in a fresh process: a part of benchmark.py."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+from benchmark_contenders import (
+    CONTENDERS,
+    Settings,
+    Times,
+    gpt2,
+    gpt2_config,
+    interleave,
+    tokens,
+    train_step,
+)
+
+
+def memory(s: Settings) -> Times:
+    """Measure each contender in processes of its own, in turn."""
+    names = [name for name in CONTENDERS if name != "frozen"]
+    return interleave(
+        {name: partial(_measure, name, s) for name in names}, s.repeats, 0, "peak memory"
+    )
+
+
+def _measure(name: str, s: Settings) -> dict[str, float]:
+    job = json.dumps([name, s.model, s.ranks[0], s.batches[0]])
+    done = subprocess.run([sys.executable, __file__, job], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the process that trains {name} failed:\n{done.stderr}")
+    return json.loads(done.stdout)
+
+
+def _train(name: str, model: dict[str, int], rank: int, size: list[int]) -> dict[str, float]:
+    """Train three steps in this process; return its peak memory before and after them, in MB."""
+    contender = CONTENDERS[name](gpt2(model), rank)
+    before = _peak()
+    for _ in range(3):
+        train_step(contender, *tokens(gpt2_config(model), tuple(size)))
+    return {"peak before training": before, "peak": _peak()}
+
+
+def _peak() -> float:
+    """Return the peak resident memory of this process in MB."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # On Linux ru_maxrss counts the parent's peak too: it survives fork and exec.
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) / 2**10
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+if __name__ == "__main__":
+    print(json.dumps(_train(*json.loads(sys.argv[1]))))

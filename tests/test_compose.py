@@ -1,0 +1,352 @@
+"""The composed weight: gradients of every module type, metadata, algebra, and what call refuses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import dense, distance, gpt2, output, perturbed, randn, seeded, snapshot, token_ids
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+import rosa_func
+from rosa_func import samplers
+from rosa_func.composed import Composed, composed
+
+
+class Bilinear(nn.Bilinear):
+    """One input in place of two."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x.flip(0))
+
+
+class Attention(nn.MultiheadAttention):
+    """Self-attention, its output only."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+class Recurrent(nn.LSTM):
+    """The hidden states only."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)[0]
+
+
+class Tied(nn.Module):
+    """An embedding that is the output projection too, as in GPT-2."""
+
+    def __init__(self, padding_idx: int | None = None) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 6, padding_idx=padding_idx)
+        self.project = nn.Linear(6, 9, bias=False)
+        self.project.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.project(torch.tanh(self.embed(ids)))
+
+
+class ReadsItsWeight(nn.Linear):
+    """What custom modules do with a weight: slices, einsum, norms, and keyword arguments."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight / self.weight.norm(dim=1, keepdim=True)
+        y = torch.einsum("oi,...i->...o", w, x) + F.linear(x, weight=self.weight, bias=self.bias)
+        return y * self.weight[:, 0] + x @ self.weight.transpose(dim0=0, dim1=1)
+
+
+class Experts(nn.Module):
+    """A stack of matrices in one weight, used by matmul, as in a mixture of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+IDS = torch.tensor([[1, 0, 8, 3], [2, 2, 1, 5]])
+# {name: (module, input)}; "weight" as target where none is given in TARGETS
+BUILD = {
+    "linear": (lambda: nn.Linear(6, 5), randn(2, 3, 6)),
+    "linear without bias": (lambda: nn.Linear(5, 6, bias=False), randn(4, 5)),
+    "linear on a vector": (lambda: nn.Linear(6, 5), randn(6)),
+    "Conv1D": (lambda: Conv1D(5, 6), randn(2, 3, 6)),
+    "embedding": (lambda: nn.Embedding(9, 6), IDS),
+    "embedding with padding": (lambda: nn.Embedding(9, 6, padding_idx=1), IDS),
+    "embedding with padding from the end": (lambda: nn.Embedding(9, 6, padding_idx=-1), IDS),
+    "embedding scaled by frequency": (lambda: nn.Embedding(9, 6, scale_grad_by_freq=True), IDS),
+    "embedding bag": (lambda: nn.EmbeddingBag(9, 6), IDS),
+    "tied": (Tied, IDS),
+    "tied with padding": (lambda: Tied(1), IDS),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3), randn(2, 4, 7)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3), randn(2, 4, 5, 5)),
+    "conv2d strided": (
+        lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, bias=False),
+        randn(2, 4, 7, 7),
+    ),
+    "conv2d same": (lambda: nn.Conv2d(4, 6, (3, 2), padding="same"), randn(2, 4, 5, 5)),
+    "conv2d circular": (
+        lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"),
+        randn(2, 4, 5, 5),
+    ),
+    "conv2d in groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), randn(2, 4, 5, 5)),
+    "conv2d depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4), randn(2, 4, 5, 5)),
+    "conv3d": (lambda: nn.Conv3d(2, 4, 2), randn(1, 2, 3, 3, 3)),
+    "transposed conv2d": (lambda: nn.ConvTranspose2d(4, 6, 3), randn(2, 4, 5, 5)),
+    "attention": (lambda: Attention(8, 2, batch_first=True), randn(2, 3, 8)),
+    "bilinear": (lambda: Bilinear(4, 4, 5), randn(3, 4)),
+    "lstm": (lambda: Recurrent(4, 5), randn(3, 2, 4)),
+    "reads its weight": (lambda: ReadsItsWeight(6, 5), randn(3, 6)),
+    "experts": (Experts, randn(3, 2, 6)),
+}
+TARGETS = {"attention": ["in_proj_weight", "out_proj"], "lstm": "weight_*", "tied": "embed"}
+TARGETS["tied with padding"] = "embed"
+
+
+def setting(kind: str, dtype: torch.dtype, sampler: str = "random", key: int = 0, r=2):
+    """Return a module, a state of it as if trained, and an input."""
+    build, x = BUILD[kind]
+    module = seeded(build).to(dtype)
+    targets = TARGETS.get(kind, "weight")
+    state = rosa_func.init(module, r, key=key, sampler=getattr(samplers, sampler), targets=targets)
+    return module, perturbed(state), x.to(dtype) if x.is_floating_point() else x
+
+
+def weights_gradients(module: nn.Module, state: TensorDict, x: Tensor) -> dict[str, Tensor]:
+    """Return dW of the dense module for each adapted weight, of the loss used below."""
+    weights = {name: weight.detach() for name, weight in dense(state).items()}
+    adapted = {name: weights[name].requires_grad_() for name in state["input_dim"].keys()}
+    loss = functional_call(module, weights, (x,)).square().sum()
+    return dict(zip(adapted, torch.autograd.grad(loss, list(adapted.values())), strict=True))
+
+
+@pytest.mark.parametrize("kind", BUILD)
+@given(
+    key=st.integers(0, 2**64),
+    r=st.sampled_from([1, 2, 4]),
+    sampler=st.sampled_from(["random", "top", "bottom", "projection", "lora", "additive"]),
+)
+def test_gradients_are_those_of_the_dense_weight_through_the_product(kind, key, r, sampler):
+    module, state, x = setting(kind, torch.float32, sampler, key, r)
+    leaves = rosa_func.named_parameters(state)
+    result = rosa_func.call(module, state, x)
+    assert distance(result, functional_call(module, dense(state), (x,))) <= 1e-5
+    result.square().sum().backward()
+    for name, dW in weights_gradients(module, state, x).items():
+        A, B, dW = leaves[f"{name}.A"], leaves[f"{name}.B"], dW.flatten(1)
+        for found, expected in ((A.grad, dW @ B.T), (B.grad, A.T @ dW)):
+            assert (found - expected).norm() <= 1e-5 * expected.norm(), name
+
+
+# The second derivatives of an embedding bag and of a recurrent net are not defined in torch.
+@pytest.mark.parametrize("kind", BUILD)
+def test_gradcheck_of_factors_and_inputs(kind):
+    module, state, x = setting(kind, torch.float64)
+    paths = list(state["trainable"].keys(include_nested=True, leaves_only=True))
+
+    def function(x: Tensor, *leaves: Tensor) -> Tensor:
+        new = state.clone()
+        for path, leaf in zip(paths, leaves, strict=True):
+            new["trainable"].set(path, leaf)
+        return rosa_func.call(module, new, x)
+
+    leaves = [state["trainable", path].clone().requires_grad_() for path in paths]
+    x = x.requires_grad_() if x.is_floating_point() else x
+    # Frequencies and padded rows are no part of the derivative, so gradcheck cannot know of them.
+    if kind not in ("embedding scaled by frequency",) and "padding" not in kind:
+        assert torch.autograd.gradcheck(function, (x, *leaves))
+
+
+@pytest.mark.parametrize("padding_idx", [0, 3, -2])
+def test_padded_rows_give_no_gradient(padding_idx):
+    module = seeded(lambda: nn.Embedding(9, 6, padding_idx=padding_idx))
+    state = perturbed(rosa_func.init(module, 2, targets="weight"))
+    A, B = rosa_func.parameters(state)
+    padded = torch.full((4,), padding_idx % 9)
+    rosa_func.call(module, state, padded).sum().backward()
+    assert not A.grad.any() and not B.grad.any()
+    rosa_func.call(module, state, torch.cat([padded, torch.tensor([5])])).sum().backward()
+    assert A.grad[5].any() and B.grad.any() and int(A.grad.any(dim=1).sum()) == 1
+
+
+def test_autocast_computes_in_its_dtype():
+    module = seeded(lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)))
+    state, x = rosa_func.init(module, 2), randn(3, 6)
+    leaves = rosa_func.parameters(state)
+    with torch.autocast("cpu", torch.bfloat16):
+        result, expected = rosa_func.call(module, state, x), module(x)
+    assert result.dtype == expected.dtype == torch.bfloat16
+    assert distance(result, expected) <= 10 * torch.finfo(torch.bfloat16).eps
+    result.float().sum().backward()
+    assert {leaf.grad.dtype for leaf in leaves} == {torch.float32}
+
+
+# The composed weight as a tensor.
+
+shapes = st.tuples(st.integers(1, 6), st.integers(1, 6))
+
+
+def pair(m: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float64):
+    """Return a composed weight and the dense one it stands for."""
+    R, A, B = (randn(*s, seed=seed + i, dtype=dtype) for i, s in enumerate([(m, n), (m, 2), (2, n)]))
+    return composed(R, A, B), R + A @ B
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_metadata_is_that_of_the_weight(dtype):
+    model = seeded(gpt2).to(dtype)
+    state = rosa_func.init(model, 2)
+    weights, parameters = rosa_func.compose(state), dict(model.named_parameters())
+    assert weights.keys() == parameters.keys()
+    for name, p in parameters.items():
+        w = weights[name]
+        assert isinstance(w, Tensor)
+        assert isinstance(w, Composed) == (name in state["input_dim"].keys())
+        for attribute in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta"):
+            assert getattr(w, attribute) == getattr(p, attribute)
+        assert (w.size(), w.size(0), w.dim(), w.numel()) == (p.size(), len(p), p.dim(), p.numel())
+        assert len(w) == len(p) and w.is_floating_point() and not w.is_complex()
+    assert all(not w.requires_grad for w in weights.values())
+    rosa_func.parameters(state)
+    for name, w in rosa_func.compose(state).items():
+        assert w.requires_grad == (name in state["input_dim"].keys())
+
+
+TRANSPOSES = {
+    ".T": lambda w: w.T,
+    ".mT": lambda w: w.mT,
+    ".t()": lambda w: w.t(),
+    "torch.t": torch.t,
+    "transpose": lambda w: w.transpose(0, 1),
+    "transpose back": lambda w: w.transpose(-1, 0),
+    "torch.transpose": lambda w: torch.transpose(w, 1, 0),
+    "transpose of names": lambda w: w.transpose(dim0=0, dim1=1),
+}
+
+
+@pytest.mark.parametrize("transpose", TRANSPOSES.values(), ids=TRANSPOSES)
+@given(shape=shapes, seed=st.integers(0, 100))
+def test_transposes_stay_composed(transpose, shape, seed):
+    w, W = pair(*shape, seed)
+    assert isinstance(transpose(w), Composed) and transpose(w).shape == W.T.shape
+    assert torch.allclose(transpose(w) * 1, W.T)
+    assert torch.allclose(transpose(transpose(w)) * 1, W)
+    assert torch.equal(w.transpose(0, 0), W)
+
+
+# {name: function of the weight (m x n), a matrix with n columns (X), one with m columns (Y)}
+PRODUCTS = {
+    "F.linear": lambda w, X, Y: F.linear(X, w),
+    "F.linear by name": lambda w, X, Y: F.linear(input=X, weight=w, bias=w[:, 0]),
+    "x @ W.T": lambda w, X, Y: X @ w.T,
+    "y @ W": lambda w, X, Y: Y @ w,
+    "W @ x": lambda w, X, Y: w @ X.T,
+    "W @ v": lambda w, X, Y: w @ X[0],
+    "v @ W": lambda w, X, Y: Y[0] @ w,
+    "W @ batch": lambda w, X, Y: w @ X.T.expand(2, -1, -1),
+    "batch @ W": lambda w, X, Y: Y.expand(2, -1, -1) @ w,
+    "W @ W.T": lambda w, X, Y: w @ w.T,
+    "mm": lambda w, X, Y: torch.mm(Y, w),
+    "mm by name": lambda w, X, Y: torch.mm(Y, mat2=w),
+    "matmul": lambda w, X, Y: Y.matmul(w),
+    "addmm": lambda w, X, Y: torch.addmm(X[0], Y, w),
+    "addmm by name": lambda w, X, Y: torch.addmm(X[0], mat1=Y, mat2=w),
+    "addmm scaled": lambda w, X, Y: torch.addmm(X[0], Y, w, beta=2, alpha=3),
+    "addmm to W": lambda w, X, Y: torch.addmm(w, Y.T, X),
+    "einsum": lambda w, X, Y: torch.einsum("bm,mn->bn", Y, w),
+    "sum": lambda w, X, Y: w.sum(0),
+    "cat": lambda w, X, Y: torch.cat([w, X, w]),
+    "index": lambda w, X, Y: w[1:, 0],
+    "to": lambda w, X, Y: w.to(torch.float32).double(),
+    "no rows": lambda w, X, Y: Y[:0] @ w,
+}
+
+
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+@given(shape=shapes, seed=st.integers(0, 100))
+def test_products_are_those_of_the_dense_weight(product, shape, seed):
+    w, W = pair(*shape, seed)
+    X, Y = (randn(3, n, seed=seed, dtype=torch.float64) for n in (shape[1], shape[0]))
+    result, expected = product(w, X, Y), product(W, X, Y)
+    assert type(result) is Tensor and result.shape == expected.shape
+    assert torch.allclose(result, expected, rtol=1e-6 if product is PRODUCTS["to"] else 1e-12)
+
+
+@settings(max_examples=20)
+@given(shape=st.lists(st.integers(1, 4), min_size=3, max_size=4), seed=st.integers(0, 100))
+def test_weights_of_more_than_two_dimensions_multiply_as_stacks_of_matrices(shape, seed):
+    R = randn(*shape, seed=seed)
+    A, B = randn(shape[0], 1, seed=seed + 1), randn(1, R[0].numel(), seed=seed + 2)
+    w, W = composed(R, A, B), R + (A @ B).view(R.shape)
+    left, right = randn(2, shape[-2], seed=seed), randn(shape[-1], 2, seed=seed)
+    assert torch.allclose(left @ w, left @ W, atol=1e-5)
+    assert torch.allclose(w @ right, W @ right, atol=1e-5)
+    assert torch.allclose(w.mT * 1, W.mT)
+
+
+# call.
+
+
+def misfit(change, match: str, error: type[Exception]) -> None:
+    model = seeded(gpt2)
+    state = rosa_func.init(model, 2)
+    change(state)
+    before = snapshot(model)
+    with pytest.raises(error, match=match):
+        rosa_func.call(model, state, token_ids(1, 4))
+    assert snapshot(model) == before
+
+
+def test_call_refuses_a_state_that_does_not_fit():
+    bias = "transformer.ln_f.bias"
+
+    def remove(state):
+        del state["frozen", bias]
+
+    def add(state):
+        state["frozen"]["transformer.ln_g.bias"] = torch.zeros(12)
+
+    def reshape(state):
+        state["frozen"][bias] = torch.zeros(13)
+
+    misfit(remove, r"lacks transformer\.ln_f\.bias of GPT2LMHeadModel", KeyError)
+    misfit(add, r"transformer\.ln_g\.bias, which GPT2LMHeadModel has not", KeyError)
+    misfit(reshape, r"transformer\.ln_f\.bias .*\(13,\).*\(12,\)", ValueError)
+
+
+def test_call_names_both_shapes_of_another_model():
+    state = rosa_func.init(seeded(gpt2), 2)
+    wider = seeded(lambda: gpt2(heads=4))
+    with pytest.raises(ValueError, match=r"wte\.weight .*\(31, 12\).*\(31, 16\)"):
+        rosa_func.call(wider, state, token_ids(1, 4))
+    with pytest.raises(KeyError, match=r"has not"):
+        rosa_func.call(seeded(lambda: gpt2(layers=1)), state, token_ids(1, 4))
+
+
+@pytest.mark.parametrize("train", [(), "1"])
+def test_batch_norm_in_training_does_not_write_into_the_model_or_the_state(train):
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).train()
+    state, x = rosa_func.init(model, 2, train=train), randn(5, 6)
+    before, buffers = snapshot(model), {n: b.clone() for n, b in model.named_buffers()}
+    result = rosa_func.call(model, state, x)
+    assert snapshot(model) == before
+    assert all(torch.equal(state["frozen", n], b) for n, b in buffers.items())
+    assert distance(result, model(x)) <= 1e-5  # by the statistics of the batch
+    assert snapshot(model) != before  # the model's own forward pass does write
+
+
+def test_a_module_used_twice_has_one_weight():
+    layer = nn.Linear(6, 6)
+    model = nn.Sequential(layer, nn.Tanh(), layer)
+    state = perturbed(rosa_func.init(model, 2))
+    assert list(state["trainable"].keys()) == ["0.weight"]
+    merged = nn.Sequential(layer, nn.Tanh(), layer)
+    expected = functional_call(merged, dense(state), (randn(3, 6),))
+    assert distance(rosa_func.call(model, state, randn(3, 6)), expected) <= 1e-6
+    assert output(expected).shape == (3, 6)

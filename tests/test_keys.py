@@ -1,0 +1,121 @@
+"""Keys are values: what they determine, and what they do not depend on."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import rosa_func
+from rosa_func.keys import generator
+
+DATA = st.lists(st.integers() | st.text(max_size=5), max_size=3)
+
+# Prints a digest of all bits of a state drawn with the key 0 in a process of its own.
+DIGEST = """
+import hashlib, sys, torch, rosa_func
+from torch import nn
+torch.set_num_threads(int(sys.argv[1]))
+weights = torch.Generator().manual_seed(0)
+model = nn.Sequential(nn.Linear(300, 200), nn.Linear(200, 300))
+with torch.no_grad():
+    for p in model.parameters():
+        p.copy_(torch.randn(p.shape, generator=weights))
+state = rosa_func.resample(rosa_func.init(model, 5, exact=True), 1)
+digest = hashlib.sha256()
+for _, tensor in sorted(state.items(True, True), key=lambda item: str(item[0])):
+    digest.update(tensor.contiguous().numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def linear(*shape: int) -> nn.Linear:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Linear(*shape)
+
+
+class TestFoldIn:
+    @given(st.integers(), DATA)
+    def test_is_a_function_of_its_arguments_and_a_key_itself(self, key, data):
+        folded = rosa_func.fold_in(key, *data)
+        assert folded == rosa_func.fold_in(key, *data)
+        assert 0 <= folded < 2**63
+
+    @given(st.integers(), st.integers(), DATA, DATA)
+    def test_other_arguments_give_another_key(self, key, other, data, other_data):
+        if (key, data) != (other, other_data):
+            assert rosa_func.fold_in(key, *data) != rosa_func.fold_in(other, *other_data)
+
+    @pytest.mark.parametrize("key", [True, "0", 0.0, None, torch.tensor(0)])
+    def test_refuses_what_is_not_an_int(self, key):
+        with pytest.raises(TypeError, match="a key is an int, got"):
+            rosa_func.fold_in(key)
+
+    @pytest.mark.parametrize("item", [True, 0.5, None])
+    def test_refuses_other_data(self, item):
+        with pytest.raises(TypeError, match="ints and strings"):
+            rosa_func.fold_in(0, item)
+
+
+class TestDraws:
+    @given(st.integers(0, 2**32 - 1), st.integers(1, 2**40))
+    def test_keys_that_differ_beyond_32_bits_draw_differently(self, low, high):
+        draws = [
+            torch.rand(8, generator=generator(key, "init", "w"))
+            for key in (low, low + (high << 32))
+        ]
+        assert not torch.equal(*draws)
+
+    @pytest.mark.parametrize(
+        "wrapped", ["_orig_mod.a.weight", "module.a.weight", "a._orig_mod.weight"]
+    )
+    def test_wrappers_do_not_change_a_draw(self, wrapped):
+        plain = torch.rand(8, generator=generator(0, "init", "a.weight"))
+        assert torch.equal(plain, torch.rand(8, generator=generator(0, "init", wrapped)))
+
+    def test_a_wrapped_model_draws_as_the_plain_one(self):
+        model = nn.Sequential(linear(12, 10))
+        plain = rosa_func.init(model, 3)["trainable", "0.weight"]
+        compiled = torch.compile(model, backend="eager")
+        wrapped = rosa_func.init(compiled, 3)["trainable", "_orig_mod.0.weight"]
+        assert all(torch.equal(plain[f], wrapped[f]) for f in "AB")
+
+    def test_init_and_resample_differ_at_the_same_key(self):
+        model = linear(12, 10)
+        first = rosa_func.init(model, 3, key=0, exact=True)
+        second = rosa_func.resample(first, 0)
+        assert not torch.allclose(
+            first["trainable", "weight", "A"], second["trainable", "weight", "A"]
+        )
+
+    def test_adding_a_target_leaves_the_others_bit_identical(self):
+        model = nn.Sequential(linear(12, 10), linear(10, 12))
+        alone = rosa_func.init(model, 3, targets="0")["trainable", "0.weight"]
+        both = rosa_func.init(model, 3)["trainable", "0.weight"]
+        assert all(torch.equal(alone[f], both[f]) for f in "AB")
+
+    def test_equal_weights_in_two_layers_draw_differently(self):
+        model = nn.Sequential(linear(12, 12), linear(12, 12))
+        assert torch.equal(model[0].weight, model[1].weight)
+        trainable = rosa_func.init(model, 3)["trainable"]
+        products = [trainable[f"{i}.weight", "A"] @ trainable[f"{i}.weight", "B"] for i in (0, 1)]
+        assert not torch.allclose(*products)
+
+    def test_the_same_bits_in_another_process_with_another_number_of_threads(self):
+        digests = [
+            subprocess.run(
+                [sys.executable, "-c", DIGEST, threads], check=True, capture_output=True, text=True
+            ).stdout
+            for threads in ("1", "2")
+        ]
+        assert digests[0] == digests[1]
+        assert len(digests[0].strip()) == 64
+
+    def test_the_number_of_threads_is_put_back(self):
+        before = torch.get_num_threads()
+        rosa_func.resample(rosa_func.init(linear(4, 3), 1), 0)
+        assert torch.get_num_threads() == before

@@ -1,0 +1,333 @@
+"""Stock models, unchanged: same function, gradients, purity, skeletons and default targets."""
+
+import copy
+import gc
+import random
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    NAMES,
+    Case,
+    distance,
+    gpt2,
+    output,
+    perturbed,
+    seeded,
+    snapshot,
+    state_bytes,
+    stock,
+    tensor_bytes,
+    token_ids,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import BertConfig, BertForSequenceClassification
+
+import rosa_func
+from rosa_func import samplers
+
+SAMPLERS = ["random", "top", "bottom", "projection", "lora", "additive"]
+# A layer's rounding is a few eps of its inputs, and is passed on by a few tens of layers: 100 eps
+# leaves an order of magnitude of room above what comes out, and is far below any real mistake.
+EPSILONS = 100
+keys = st.integers(-(2**70), 2**70)
+ranks = st.sampled_from([1, 3, 0.2, 0.5])
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return distance(a, b) <= EPSILONS * torch.finfo(b.dtype).eps
+
+
+def called(case: Case, state: rosa_func.state.TensorDict) -> torch.Tensor:
+    return output(rosa_func.call(case.model, state, *case.args, **case.kwargs))
+
+
+# The function stays the same.
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=6)
+@given(
+    r=ranks,
+    key=keys,
+    drawn=st.tuples(st.sampled_from(SAMPLERS), st.sampled_from(SAMPLERS)),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    attention=st.sampled_from(["sdpa", "eager"]),
+    training=st.booleans(),
+)
+def test_same_output_after_init_and_after_resample(
+    name, r, key, drawn, dtype, attention, training
+):
+    case = stock(name, dtype, attention)
+    case.model.train(training)
+    expected = case.stock()
+    first, second = (getattr(samplers, sampler) for sampler in drawn)
+    state = rosa_func.init(case.model, r, key=key, sampler=first)
+    assert close(called(case, state), expected)
+    state = rosa_func.resample(state, key, sampler=second)
+    assert close(called(case, state), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trained_state_is_the_same_function_merged_and_resampled(name):
+    case = stock(name, torch.float64)
+    state = perturbed(rosa_func.init(case.model, 2))
+    before = called(case, state)
+    assert not close(before, case.stock())
+    assert close(called(case, rosa_func.resample(state, 1)), before)
+    merged = copy.deepcopy(case.model)
+    missing, unexpected = merged.load_state_dict(rosa_func.merge(state), strict=False)
+    tied = {alias for alias in merged.state_dict()} - {name for name, _ in named_tensors(merged)}
+    assert set(missing) == tied and not unexpected
+    assert close(Case(merged, case.args, case.kwargs).stock(), before)
+
+
+def named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_lora_leaves_the_output_bit_for_bit(name, attention):
+    case = stock(name, attention=attention)
+    state = rosa_func.init(case.model, 2, sampler=samplers.lora)
+    # Both must take the same kernels. In eval mode nn.TransformerEncoder fuses its layers where all
+    # weights are plain; sdpa takes another kernel when T5's position bias requires a gradient.
+    case.model.train(name == "encoder")
+    with torch.no_grad():
+        assert torch.equal(called(case, state), case.stock())
+
+
+# Gradients.
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("training", [False, True])
+def test_backward_gives_gradients_on_all_leaves(name, training):
+    case = stock(name)
+    case.model.train(training)
+    state = rosa_func.init(case.model, 2)
+    leaves = rosa_func.named_parameters(state)
+    (called(case, state) ** 2).mean().backward()
+    without = [
+        leaf for leaf, value in leaves.items() if value.grad is None or not value.grad.any()
+    ]
+    assert not without
+    assert all(p.grad is None for p in case.model.parameters())
+
+
+# Purity.
+
+
+def global_state() -> tuple[object, ...]:
+    """Return what is global and must not move: generators, threads, flags of torch."""
+    generators = (tensor_bytes(torch.get_rng_state()), random.getstate(), str(np.random.get_state()))
+    flags = (torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype())
+    return generators + flags
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=3)
+@given(
+    key=keys,
+    sampler=st.sampled_from(SAMPLERS),
+    training=st.booleans(),
+    frozen=st.booleans(),
+    exact=st.sampled_from([None, True]),
+)
+def test_every_function_leaves_the_model_its_input_and_the_globals(
+    name, key, sampler, training, frozen, exact
+):
+    case = stock(name)
+    model = case.model.train(training).requires_grad_(not frozen)
+    model.register_forward_hook(lambda *_: None)
+    model_before, globals_before = snapshot(model), global_state()
+    draw = getattr(samplers, sampler)
+    state = rosa_func.init(model, 2, key=key, sampler=draw, exact=exact)
+    before = state_bytes(state)
+    for function in (
+        lambda: rosa_func.compose(state),
+        lambda: called(case, state),
+        lambda: rosa_func.resample(state, key, sampler=draw),
+        lambda: rosa_func.merge(state),
+        lambda: rosa_func.count(state),
+        lambda: rosa_func.skeleton(model),
+        lambda: rosa_func.method(2, sampler=draw).init(model),
+    ):
+        function()
+        assert state_bytes(state) == before
+        assert snapshot(model) == model_before
+    rosa_func.parameters(state)  # its one side effect is the flag on the leaves of the state
+    flags = {path[0]: flag for path, (flag, _) in state_bytes(state).items() if flag}
+    assert flags == {"trainable": True}
+    assert snapshot(model) == model_before
+    assert global_state() == globals_before
+
+
+@pytest.mark.parametrize("name, train", [("gpt2-small", "*bias"), ("t5", "*norm*"), ("encoder", ())])
+def test_training_leaves_the_model_and_the_globals(name, train):
+    case = stock(name)
+    model = case.model.train()
+    model_before, globals_before = snapshot(model), global_state()
+    state = rosa_func.init(model, 2, train=train)
+    losses = []
+    for step in range(4):
+        optimizer = torch.optim.AdamW(rosa_func.parameters(state), 1e-2, weight_decay=0.0)
+        for _ in range(2):
+            loss = (called(case, state) - 1).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        state = rosa_func.resample(state, step)
+    assert losses[-1] < losses[0]
+    assert snapshot(model) == model_before
+    assert global_state() == globals_before
+
+
+def storages(tensors) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_only_tensors_that_no_draw_changes_are_shared(sampler):
+    model, draw = seeded(gpt2), getattr(samplers, sampler)
+    weights = dict(model.named_parameters())
+    state = rosa_func.init(model, 2, sampler=draw, train="*bias", exact=True)
+    adapted = set(state["input_dim"].keys())
+    rest = {name for name in weights if name not in adapted and not name.endswith("bias")}
+    shared = rest | adapted if sampler in ("lora", "additive") else rest
+    for name, tensor in weights.items():
+        inside = storages(state.values(include_nested=True, leaves_only=True))
+        assert (tensor.untyped_storage().data_ptr() in inside) == (name in shared), name
+    new, merged = rosa_func.resample(state, 1, sampler=draw), rosa_func.merge(state)
+    for name in weights:
+        old = state["trainable" if name.endswith("bias") else "frozen", name]
+        after = storages(new.values(include_nested=True, leaves_only=True))
+        assert (old.untyped_storage().data_ptr() in after) == (name in rest), name
+        assert (old.untyped_storage().data_ptr() in storages([merged[name]])) == (
+            name not in adapted
+        ), name
+
+
+# Skeletons.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_skeleton_computes_the_same_bits_without_weights(name):
+    case = stock(name)
+    state = rosa_func.init(case.model, 2)
+    skeleton = rosa_func.skeleton(case.model)
+    expected = called(case, state)
+    assert torch.equal(called(Case(skeleton, case.args, case.kwargs), state), expected)
+    assert type(skeleton) is type(case.model)
+    assert all(p.is_meta for p in skeleton.parameters())
+    assert aliases(skeleton) == aliases(case.model)
+    persistent = set(case.model.state_dict())
+    for buffer, tensor in case.model.named_buffers():
+        assert skeleton.get_buffer(buffer).is_meta == (buffer in persistent)
+        if buffer not in persistent:
+            assert torch.equal(skeleton.get_buffer(buffer), tensor)
+
+
+def aliases(model: nn.Module) -> list[list[str]]:
+    """Group the names that stand for the same parameter."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return sorted(groups.values())
+
+
+def test_ties_and_rotary_frequencies_are_there_to_be_kept():
+    # The test above would be empty of them if the models had none.
+    assert ["transformer.wte.weight", "lm_head.weight"] in aliases(stock("gpt2-small").model)
+    assert "model.rotary_emb.inv_freq" in dict(stock("llama").model.named_buffers())
+
+
+def test_a_skeleton_without_a_tensor_fails_loudly():
+    case = stock("gpt2-small")
+    state = rosa_func.init(case.model, 2)
+    del state["frozen", "transformer.ln_f.bias"]
+    skeleton = rosa_func.skeleton(case.model)
+    with pytest.raises(KeyError, match=r"transformer\.ln_f\.bias"):
+        rosa_func.call(skeleton, state, *case.args, **case.kwargs)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        skeleton(*case.args, **case.kwargs)
+
+
+@pytest.mark.parametrize("name", ["gpt2-small", "llama", "t5", "sequential"])
+def test_no_second_copy_of_a_weight_once_the_model_is_let_go(name):
+    model = stock(name).model
+    state, skeleton = rosa_func.init(model, 2), rosa_func.skeleton(model)
+    let_go = [weakref.ref(x) for x in (model, *model.modules(), *model.parameters())]
+    adapted = set(state["input_dim"].keys())
+    stored = {n: StorageWeakRef(p.untyped_storage()) for n, p in model.named_parameters()}
+    del model
+    gc.collect()
+    assert not any(ref() is not None for ref in let_go)
+    assert {n for n, ref in stored.items() if ref.expired()} == adapted
+    real = storages(t for _, t in named_tensors(skeleton) if not t.is_meta)
+    assert not real & storages(state["frozen"].values())
+
+
+# Defaults.
+
+
+def test_default_targets_are_the_linear_weights_of_the_backbone():
+    tied, untied = stock("gpt2-small").model, stock("llama").model
+    names = [f"transformer.h.0.{m}.weight" for m in ("attn.c_attn", "attn.c_proj", "mlp.c_fc")]
+    assert list(rosa_func.init(tied, 2)["trainable"].keys()) == [
+        *names,
+        "transformer.h.0.mlp.c_proj.weight",
+    ]
+    adapted = list(rosa_func.init(untied, 2)["trainable"].keys())
+    assert "lm_head.weight" not in adapted and len(adapted) == 2 * 7
+
+
+def classifier() -> nn.Module:
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
+    config = BertConfig(vocab_size=31, num_hidden_layers=1, num_labels=3, **shape)
+    return seeded(lambda: BertForSequenceClassification(config)).eval()
+
+
+def test_a_task_head_is_trained_on_request_and_warned_of_when_it_is_not():
+    model = classifier()
+    with pytest.warns(UserWarning, match=r'classifier\.weight.*train="head"') as caught:
+        state = rosa_func.init(model, 2)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert not [name for name in state["trainable"].keys() if name.startswith("classifier")]
+    state = rosa_func.init(model, 2, train="head")  # warnings are errors
+    full = {n for n, v in state["trainable"].items() if isinstance(v, torch.Tensor)}
+    assert full == {"classifier.weight", "classifier.bias"}
+    rosa_func.init(model, 2, targets=["query", "classifier"])  # adapted: not frozen either
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["gpt2-small", "llama", "sequential"])
+def test_a_16_bit_model_has_float32_factors_and_16_bit_weights_and_outputs(name, dtype):
+    case = stock(name, dtype)
+    state = rosa_func.init(case.model, 2)
+    leaves = rosa_func.parameters(state)
+    assert {leaf.dtype for leaf in leaves} == {torch.float32}
+    result = called(case, state)
+    assert result.dtype == dtype and distance(result, case.stock()) <= 10 * torch.finfo(dtype).eps
+    result.float().square().mean().backward()
+    assert {leaf.grad.dtype for leaf in leaves} == {torch.float32}
+    merged = rosa_func.merge(state)
+    assert all(merged[n].dtype == p.dtype for n, p in case.model.named_parameters())
+    assert {weight.dtype for weight in rosa_func.compose(state).values()} == {dtype}
+
+
+def test_indices_and_inputs_of_any_number_of_dimensions():
+    model = nn.Sequential(nn.Embedding(31, 6), nn.Linear(6, 4))
+    state = rosa_func.init(model, 2, targets=["0.weight", "1.weight"])
+    for shape in [(), (5,), (2, 3), (2, 3, 2), (0, 3)]:
+        ids = token_ids(*shape)
+        assert rosa_func.call(model, state, ids).shape == (*shape, 4)
+        if ids.numel():
+            assert close(rosa_func.call(model, state, ids), model(ids))

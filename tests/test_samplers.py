@@ -1,0 +1,183 @@
+"""What each sampler draws, against torch.linalg.svd as the independent reference."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import rosa_func
+from rosa_func import samplers
+from rosa_func.samplers import Site
+
+ALL = [
+    samplers.random,
+    samplers.top,
+    samplers.bottom,
+    samplers.projection,
+    samplers.lora,
+    samplers.additive,
+]
+SIZES = st.integers(2, 12)
+SEEDS = st.integers(0, 2**20)
+
+
+def site(seed: int, input_dim: int = 1) -> Site:
+    return Site("weight", input_dim, torch.Generator().manual_seed(seed))
+
+
+def matrix(m: int, n: int, seed: int) -> torch.Tensor:
+    """A float64 matrix whose singular values are 1, 2, ... so that its directions are certain."""
+    draw = torch.Generator().manual_seed(seed)
+    k = min(m, n)
+    U = torch.linalg.qr(torch.randn(m, k, generator=draw, dtype=torch.float64))[0]
+    V = torch.linalg.qr(torch.randn(n, k, generator=draw, dtype=torch.float64))[0]
+    return U * torch.arange(1, k + 1, dtype=torch.float64) @ V.T
+
+
+def terms_of_the_svd(W: torch.Tensor, product: torch.Tensor) -> list[int]:
+    """Return the places (0 the largest) of the singular terms of which the product is the sum."""
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    kept = (U.T @ product @ Vh.T).diagonal() / S
+    chosen = [i for i, share in enumerate(kept.tolist()) if share > 0.5]
+    rebuilt = U[:, chosen] * S[chosen] @ Vh[chosen]
+    assert torch.allclose(product, rebuilt, rtol=0, atol=1e-11 * S[0].item())
+    return chosen
+
+
+class TestSingularDirections:
+    @given(SIZES, SIZES, st.data(), SEEDS)
+    def test_random_is_exactly_r_terms_of_the_svd(self, m, n, data, seed):
+        r = data.draw(st.integers(1, min(m, n)))
+        W = matrix(m, n, seed)
+        A, B = samplers.random(W, r, site(seed))
+        assert len(terms_of_the_svd(W, A @ B)) == r
+
+    @given(SIZES, SIZES, st.data(), SEEDS)
+    def test_the_residual_and_the_product_are_orthogonal(self, m, n, data, seed):
+        r = data.draw(st.integers(1, min(m, n)))
+        W = matrix(m, n, seed)
+        A, B = samplers.random(W, r, site(seed))
+        P = A @ B
+        bound = 1e-13 * W.norm() ** 2
+        assert (P.T @ (W - P)).norm() <= bound
+        assert (P @ (W - P).T).norm() <= bound
+
+    @given(SIZES, SIZES, st.data(), SEEDS)
+    def test_top_and_bottom_take_the_ends(self, m, n, data, seed):
+        k = min(m, n)
+        r = data.draw(st.integers(1, k))
+        W = matrix(m, n, seed)
+        for sampler, expected in (
+            (samplers.top, list(range(r))),
+            (samplers.bottom, list(range(k - r, k))),
+        ):
+            A, B = sampler(W, r, site(seed))
+            assert terms_of_the_svd(W, A @ B) == expected
+
+    def test_bottom_is_right_in_float32_where_a_float32_gram_matrix_is_not(self):
+        W = matrix(24, 40, 0)
+        U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+        S = torch.logspace(0, -4, 24, dtype=torch.float64)
+        W, expected = U * S @ Vh, U[:, -4:] * S[-4:] @ Vh[-4:]
+
+        def error(dtype: torch.dtype) -> float:
+            A, B = samplers._singular_directions(W.float(), torch.arange(4), dtype)
+            return ((A @ B).double() - expected).norm().item()
+
+        # W moves by u |W| when it becomes float32; the last four directions then turn towards the
+        # fifth by that over the gap (Wedin), and take as much of its singular value with them.
+        turn = S[-5] / (S[-5] - S[-4])
+        bound = 4 * 2**-24 * W.norm().item() * (1 + turn.item())
+        assert torch.equal(
+            samplers.bottom(W.float(), 4, site(0))[0],
+            samplers._singular_directions(W.float(), torch.arange(4), torch.float64)[0],
+        )
+        assert error(torch.float64) <= bound < error(torch.float32)
+
+    def test_every_index_is_drawn_at_its_share(self):
+        n, k, draws = 32, 4, 20_000
+        W = torch.diag(torch.arange(1.0, n + 1))
+        generator = torch.Generator().manual_seed(0)
+        counts = torch.zeros(n)
+        for _ in range(draws):
+            A, _ = samplers.random(W, k, Site("weight", 1, generator))
+            counts[A.abs().argmax(0)] += 1
+        share = k / n
+        sigma = math.sqrt(draws * share * (1 - share))
+        assert counts.sum() == draws * k
+        assert ((counts - draws * share).abs() <= 4 * sigma).all(), counts
+
+    @given(SIZES, SIZES, st.data(), SEEDS)
+    def test_singular_values_are_shared_equally(self, m, n, data, seed):
+        r = data.draw(st.integers(1, min(m, n)))
+        A, B = samplers.top(matrix(m, n, seed), r, site(seed))
+        assert torch.allclose(A.norm(dim=0), B.norm(dim=1), rtol=1e-12)
+
+    @pytest.mark.parametrize("sampler", ALL)
+    def test_zero_singular_values_give_finite_factors_that_can_train(self, sampler):
+        A, B = sampler(torch.zeros(5, 4), 3, site(0))
+        assert A.isfinite().all() and B.isfinite().all()
+        assert not (A @ B).any()
+        for i in range(3):
+            assert A[:, i].any() or B[i].any(), "a term with both factors zero has no gradient"
+
+
+class TestProjection:
+    @given(SIZES, SIZES, st.data(), SEEDS)
+    def test_is_an_orthogonal_projection_of_rank_r(self, m, n, data, seed):
+        r = data.draw(st.integers(1, min(m, n)))
+        W = matrix(m, n, seed)
+        A, B = samplers.projection(W, r, site(seed))
+        P = A @ B
+        assert torch.linalg.matrix_rank(P) == r
+        inner = P.T @ (W - P) if m <= n else P @ (W - P).T
+        assert inner.norm() <= 1e-13 * W.norm() ** 2
+
+
+class TestZeroProducts:
+    @given(SIZES, SIZES, st.sampled_from([0, 1]), st.data(), SEEDS)
+    def test_the_input_side_is_random_and_the_output_side_zero(self, m, n, dim, data, seed):
+        r = data.draw(st.integers(1, min(m, n)))
+        W = matrix(m, n, seed)
+        for sampler in (samplers.lora, samplers.additive):
+            factors = sampler(W, r, site(seed, dim))
+            # A (m x r) faces dimension 0 of W, B (r x n) dimension 1.
+            assert factors[dim].any() and not factors[1 - dim].any()
+            assert (factors[0].shape, factors[1].shape) == ((m, r), (r, n))
+
+    @given(SIZES, st.data(), SEEDS)
+    def test_additive_is_orthonormal(self, n, data, seed):
+        r = data.draw(st.integers(1, n))
+        _, B = samplers.additive(matrix(n, n, seed), r, site(seed))
+        assert torch.allclose(B @ B.T, torch.eye(r, dtype=B.dtype), atol=1e-13)
+
+    def test_lora_is_uniform_within_one_over_the_root_of_the_fan_in(self):
+        _, B = samplers.lora(torch.zeros(4, 10_000), 4, site(0))
+        assert B.abs().max() <= 0.01
+        assert abs(B.std().item() - 0.01 / math.sqrt(3)) <= 1e-4
+
+
+class TestAllSamplers:
+    @pytest.mark.parametrize("sampler", ALL)
+    def test_neither_the_weight_nor_the_global_generator_is_touched(self, sampler):
+        W = matrix(6, 5, 0)
+        copy, before = W.clone(), torch.get_rng_state()
+        sampler(W, 2, site(0))
+        assert torch.equal(W, copy)
+        assert torch.equal(torch.get_rng_state(), before)
+
+    @pytest.mark.parametrize("sampler", ALL)
+    def test_a_site_determines_the_draw(self, sampler):
+        draws = [sampler(matrix(6, 5, 0), 2, site(7)) for _ in range(2)]
+        assert all(torch.equal(a, b) for a, b in zip(*draws, strict=True))
+
+    def test_a_sampler_of_ones_own_is_all_that_a_method_needs(self):
+        def first_rows(W, r, site):
+            return torch.eye(W.shape[0], dtype=W.dtype)[:, :r], W[:r].clone()
+
+        model = torch.nn.Linear(5, 4)
+        state = rosa_func.init(model, 2, sampler=first_rows, exact=True)
+        assert not state["frozen", "weight"][:2].any()
+        assert torch.equal(rosa_func.merge(state)["weight"], model.weight)

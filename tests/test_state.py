@@ -1,0 +1,298 @@
+"""The life of a state: what init, resample and merge keep, share and never touch."""
+
+import pytest
+import torch
+from conftest import perturbed, randn, seeded, snapshot, state_bytes
+from hypothesis import given
+from hypothesis import strategies as st
+from tensordict import TensorDict
+from test_exact import fused_bound, scattered
+from test_samplers import ALL
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import rosa_func
+from rosa_func import samplers
+from rosa_func.exact import SUPPORTED
+
+SIZES = st.integers(2, 9)
+SEEDS = st.integers(0, 2**20)
+LAYOUTS = st.sampled_from(["linear", "conv1d", "embedding", "conv2d"])
+SAMPLERS = st.sampled_from(ALL)
+
+
+def layer(layout: str, m: int, n: int, dtype: torch.dtype, seed: int) -> nn.Module:
+    """Build one layer whose weight has values from 1e-3 to 1e3."""
+    build = {
+        "linear": lambda: nn.Linear(n, m),
+        "conv1d": lambda: Conv1D(n, m),
+        "embedding": lambda: nn.Embedding(m, n),
+        "conv2d": lambda: nn.Conv2d(n, m, (1, 2)),
+    }
+    module: nn.Module = seeded(build[layout]).to(dtype)
+    weight = scattered(*module.weight.flatten(1).shape, dtype, seed)
+    module.load_state_dict({"weight": weight.view_as(module.weight)}, strict=False)
+    return module
+
+
+def adapt(module: nn.Module, r: int, **options: object) -> TensorDict:
+    return rosa_func.init(module, r, targets="*weight", **options)
+
+
+def unrounded(state: TensorDict, name: str) -> Tensor:
+    """Return R + c + A B in float64."""
+    A, B = (state["trainable", name, factor].double() for factor in "AB")
+    return state["frozen", name].double() + state["compensation", name].double() + A @ B
+
+
+class TestMergeReconstructs:
+    @given(LAYOUTS, SIZES, SIZES, st.sampled_from(SUPPORTED), SAMPLERS, st.data(), SEEDS)
+    def test_init_exactly(self, layout, m, n, dtype, sampler, data, seed):
+        module = layer(layout, m, n, dtype, seed)
+        r = data.draw(st.integers(1, min(m, n)))
+        state = adapt(module, r, exact=True, sampler=sampler, key=seed)
+        merged = rosa_func.merge(state)
+        assert all(torch.equal(merged[name], p) for name, p in module.named_parameters())
+        assert {name: t.dtype for name, t in merged.items()} == {
+            name: p.dtype for name, p in module.named_parameters()
+        }
+
+    @given(LAYOUTS, SIZES, SIZES, SAMPLERS, st.data(), SEEDS)
+    def test_init_within_the_rounding_bound(self, layout, m, n, sampler, data, seed):
+        module = layer(layout, m, n, torch.float32, seed)
+        r = data.draw(st.integers(1, min(m, n)))
+        state = adapt(module, r, sampler=sampler, key=seed)
+        assert "compensation" not in state.keys()
+        W, R = module.weight.detach().flatten(1), state["frozen", "weight"].flatten(1)
+        A, B = (state["trainable", "weight", factor] for factor in "AB")
+        off = (rosa_func.merge(state)["weight"].flatten(1) - W).abs()
+        assert (off <= fused_bound(W, R, A, B)).all()
+
+    @given(
+        LAYOUTS,
+        SIZES,
+        SIZES,
+        st.sampled_from([torch.float32, torch.float64]),
+        SAMPLERS,
+        SAMPLERS,
+        st.data(),
+        SEEDS,
+    )
+    def test_resample_exactly(self, layout, m, n, dtype, before, after, data, seed):
+        ranks = [data.draw(st.integers(1, min(m, n))) for _ in range(2)]
+        module = layer(layout, m, n, dtype, seed)
+        state = perturbed(adapt(module, ranks[0], exact=True, sampler=before, key=seed), seed=seed)
+        new = rosa_func.resample(state, seed, r=ranks[1], sampler=after)
+        assert torch.equal(rosa_func.merge(new)["weight"], rosa_func.merge(state)["weight"])
+
+    @given(LAYOUTS, SIZES, SIZES, SAMPLERS, SAMPLERS, st.data(), SEEDS)
+    def test_resample_within_the_rounding_bound(self, layout, m, n, before, after, data, seed):
+        r = data.draw(st.integers(1, min(m, n)))
+        module = layer(layout, m, n, torch.float32, seed)
+        state = perturbed(adapt(module, r, sampler=before, key=seed), seed=seed)
+        new = rosa_func.resample(state, seed, sampler=after)
+        W, R = rosa_func.merge(state)["weight"].flatten(1), new["frozen", "weight"].flatten(1)
+        A, B = (new["trainable", "weight", factor] for factor in "AB")
+        off = (rosa_func.merge(new)["weight"].flatten(1) - W).abs()
+        assert (off <= fused_bound(W, R, A, B)).all()
+
+    @given(SIZES, SIZES, st.sampled_from([torch.float16, torch.bfloat16]), SAMPLERS, SEEDS)
+    def test_resample_in_16_bit_moves_by_one_unit_in_the_last_place(self, m, n, dtype, s, seed):
+        module = layer("linear", m, n, dtype, seed)
+        state = perturbed(adapt(module, 1, exact=True, sampler=s, key=seed), seed=seed)
+        old = rosa_func.merge(state)["weight"].double()
+        new = rosa_func.merge(rosa_func.resample(state, seed))["weight"].double()
+        # Both round the same sum up to 2**-53: they differ only where it is a tie.
+        unit = torch.finfo(dtype).eps * old.abs() + torch.finfo(dtype).smallest_normal
+        assert ((new - old).abs() <= unit).all()
+
+
+class TestDrift:
+    def test_1000_idle_resamples_in_float32(self):
+        module = nn.Linear(24, 20)
+        module.load_state_dict({"weight": randn(20, 24), "bias": randn(20)})
+        state = rosa_func.init(module, 4)
+        for step in range(1000):
+            state = rosa_func.resample(state, step)
+        W = module.weight.detach()
+        assert (rosa_func.merge(state)["weight"] - W).norm() <= 1e-5 * W.norm()
+
+    def test_100_idle_resamples_in_bfloat16(self):
+        module = nn.Linear(48, 40).bfloat16()
+        module.load_state_dict({"weight": randn(40, 48), "bias": randn(40)})
+        state = rosa_func.init(module, 4)
+        for step in range(100):
+            state = rosa_func.resample(state, step)
+        W = module.weight.detach().double()
+        assert (unrounded(state, "weight") - W).norm() <= 1e-4 * W.norm()
+
+    def test_small_changes_of_a_bfloat16_weight_are_kept(self):
+        module = nn.Linear(48, 40).bfloat16()
+        module.load_state_dict({"weight": randn(40, 48), "bias": randn(40)})
+        W = module.weight.detach().double()
+        state, intended = rosa_func.init(module, 20), torch.zeros_like(W)
+        direction = randn(40, 48, seed=1)
+        for step in range(100):
+            A, B = (state["trainable", "weight", factor] for factor in "AB")
+            dB = torch.linalg.pinv(A) @ direction
+            dB *= 1e-5 * W.norm() / (A @ dB).norm()
+            intended += A.double() @ ((B + dB).double() - B.double())
+            B += dB
+            state = rosa_func.resample(state, step)
+        realised = ((unrounded(state, "weight") - W) * intended).sum() / intended.square().sum()
+        assert intended.norm() >= 5e-4 * W.norm()
+        assert abs(realised.item() - 1) <= 1e-3
+
+
+class TestOneCycle:
+    @given(SIZES, SIZES, SAMPLERS, st.data(), SEEDS)
+    def test_the_change_has_at_most_rank_2r(self, m, n, sampler, data, seed):
+        r = data.draw(st.integers(1, min(m, n)))
+        module = layer("linear", m, n, torch.float64, seed)
+        state = adapt(module, r, sampler=sampler, exact=True)
+        trained = perturbed(state, seed=seed)
+        change = rosa_func.merge(trained)["weight"] - module.weight.detach()
+        assert torch.linalg.matrix_rank(change, rtol=1e-9) <= 2 * r
+
+    def test_the_residual_is_bit_identical_while_training(self):
+        module = nn.Linear(6, 5)
+        state = rosa_func.init(module, 2)
+        before = state["frozen"].clone()
+        optimizer = torch.optim.SGD(rosa_func.parameters(state), 0.1)
+        for _ in range(3):
+            rosa_func.call(module, state, randn(4, 6)).square().sum().backward()
+            optimizer.step()
+        assert all(torch.equal(before[name], t) for name, t in state["frozen"].items())
+
+
+class TestLoRA:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_the_residual_is_the_weight_and_its_storage(self, dtype):
+        module = layer("linear", 6, 5, dtype, 0)
+        state = adapt(module, 2, sampler=samplers.lora)
+        assert torch.equal(state["frozen", "weight"], module.weight)
+        assert state["frozen", "weight"].data_ptr() == module.weight.data_ptr()
+
+    def test_training_is_that_of_a_plain_lora(self):
+        module, x = nn.Linear(7, 6), randn(5, 7)
+        state = rosa_func.init(module, 2, sampler=samplers.lora)
+        leaves = rosa_func.parameters(state)
+        A, B = (leaf.detach().clone().requires_grad_() for leaf in leaves)
+        W, b = module.weight.detach(), module.bias.detach()
+        optimizers = [torch.optim.SGD(group, 0.1) for group in (leaves, [A, B])]
+        for _ in range(3):
+            outputs = rosa_func.call(module, state, x), x @ W.T + (x @ B.T) @ A.T + b
+            for optimizer, y in zip(optimizers, outputs, strict=True):
+                optimizer.zero_grad()
+                y.square().mean().backward()
+            for ours, plain in zip(leaves, (A, B), strict=True):
+                assert (ours.grad - plain.grad).norm() <= 1e-6 * plain.grad.norm().clamp_min(1e-3)
+            for optimizer in optimizers:
+                optimizer.step()
+        assert torch.allclose(rosa_func.merge(state)["weight"], W + A @ B, atol=1e-6)
+
+
+class TestTheorem:
+    """Hameed and Rabusseau 2024, theorem 1, with each cycle solved exactly."""
+
+    rank, r = 12, 4
+
+    def problem(self) -> tuple[nn.Module, Tensor, Tensor]:
+        module = nn.Linear(24, 16, bias=False).double()
+        module.load_state_dict({"weight": randn(16, 24, dtype=torch.float64)})
+        change = randn(16, self.rank, seed=1, dtype=torch.float64)
+        change = change @ randn(self.rank, 24, seed=2, dtype=torch.float64)
+        x = randn(100, 24, seed=3, dtype=torch.float64)
+        return module, x, module.weight.detach() + change
+
+    def solve(self, state: TensorDict, x: Tensor, optimum: Tensor) -> Tensor:
+        """Set A B to the least-squares solution of its rank; return the spectrum it leaves."""
+        L = torch.linalg.cholesky(x.T @ x)
+        U, S, Vh = torch.linalg.svd((optimum - state["frozen", "weight"]) @ L)
+        factors = state["trainable", "weight"]
+        factors["A"].copy_(U[:, : self.r] * S[: self.r])
+        factors["B"].copy_(torch.linalg.solve_triangular(L, Vh[: self.r], upper=False, left=False))
+        return S[self.r :]
+
+    def loss(self, state: TensorDict, x: Tensor, optimum: Tensor) -> float:
+        return float((x @ (rosa_func.merge(state)["weight"] - optimum).T).norm())
+
+    def test_additive_reaches_the_optimum_in_rank_over_r_cycles(self):
+        module, x, optimum = self.problem()
+        state = rosa_func.init(module, self.r, sampler=samplers.additive)
+        scale, losses = self.loss(state, x, optimum), []
+        for cycle in range(-(-self.rank // self.r)):
+            self.solve(state, x, optimum)
+            losses.append(self.loss(state, x, optimum))
+            state = rosa_func.resample(state, cycle, sampler=samplers.additive)
+        assert losses[-1] <= 1e-10 * scale
+        assert losses[-2] >= 1e-3 * scale
+
+    def test_one_cycle_of_lora_stays_at_its_floor(self):
+        module, x, optimum = self.problem()
+        state = rosa_func.init(module, self.r, sampler=samplers.lora)
+        floor = self.solve(state, x, optimum).norm().item()
+        assert self.loss(state, x, optimum) == pytest.approx(floor, rel=1e-10)
+        assert floor >= 1e-3 * optimum.norm().item()
+
+
+class TestPurity:
+    @pytest.mark.parametrize("sampler", ALL)
+    def test_states_and_model_stay_as_they_were(self, sampler):
+        module = nn.Sequential(layer("linear", 6, 5, torch.float32, 0), nn.BatchNorm1d(6))
+        model, rng = snapshot(module), torch.get_rng_state()
+        state = rosa_func.init(module, 2, sampler=sampler, train="1", exact=True)
+        rosa_func.parameters(state)
+        before = state_bytes(state)
+        new = rosa_func.resample(state, 1, sampler=sampler)
+        rosa_func.merge(state), rosa_func.compose(state), rosa_func.count(state)
+        assert state_bytes(state) == before
+        assert snapshot(module) == model
+        assert torch.equal(torch.get_rng_state(), rng)
+        assert not any(t.requires_grad for t in new.values(True, True))
+
+    def test_what_is_shared(self):
+        module = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.BatchNorm1d(5))
+        state = rosa_func.init(module, 2, train="1")
+        own = {name: t.data_ptr() for name, t in module.state_dict(keep_vars=True).items()}
+        new = rosa_func.resample(state, 0)
+        for s in (state, new):
+            shared = {n for n, t in s["frozen"].items() if t.data_ptr() == own[n]}
+            assert shared == set(own) - {"0.weight", "1.weight", "1.bias"}
+            trained = [s["trainable", name].data_ptr() for name in ("1.weight", "1.bias")]
+            assert not set(trained) & set(own.values())
+        apart = [("frozen", "0.weight"), ("trainable", "1.weight"), ("trainable", "0.weight", "A")]
+        assert all(state[path].data_ptr() != new[path].data_ptr() for path in apart)
+
+    def test_parameters_are_the_states_own_tensors(self):
+        state = rosa_func.init(nn.Linear(6, 5), 2, train="bias")
+        assert not any(t.requires_grad for t in state.values(True, True))
+        leaves = rosa_func.named_parameters(state)
+        assert list(leaves) == ["weight.A", "weight.B", "bias"]
+        assert all(leaf.requires_grad for leaf in leaves.values())
+        again = rosa_func.parameters(state)
+        assert all(a is b for a, b in zip(leaves.values(), again, strict=True))
+        assert leaves["weight.A"] is state["trainable", "weight", "A"]
+
+
+class TestResample:
+    def test_draws_other_subspaces_at_other_keys(self):
+        state = rosa_func.init(nn.Linear(12, 10), 2)
+        a, b = (rosa_func.resample(state, key)["trainable", "weight", "A"] for key in (1, 2))
+        assert not torch.allclose(a, b)
+
+    def test_a_new_rank_may_be_given(self):
+        state = rosa_func.init(nn.Linear(12, 10), 2)
+        new = rosa_func.resample(state, 1, r={"weight": 0.5})
+        assert new["trainable", "weight", "A"].shape == (10, 5)
+
+    def test_additive_keeps_the_input_side_of_each_layout(self):
+        for module, dim in ((nn.Linear(7, 5), 1), (Conv1D(5, 7), 0)):
+            state = rosa_func.init(module, 2, sampler=samplers.lora)
+            new = rosa_func.resample(state, 1, sampler=samplers.additive)["trainable", "weight"]
+            assert new["AB"[dim]].any() and not new["AB"[1 - dim]].any()
+
+    def test_factors_of_the_state_may_be_in_training(self):
+        state = rosa_func.init(nn.Linear(12, 10), 2)
+        rosa_func.parameters(state)
+        assert not rosa_func.resample(state, 1)["trainable", "weight", "A"].requires_grad

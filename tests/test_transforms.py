@@ -1,0 +1,241 @@
+"""torch.func and torch.compile through a stock model, against the dense weights as reference."""
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import dense, distance, gpt2, output, perturbed, seeded, token_ids
+from hypothesis import given
+from hypothesis import strategies as st
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch.func import functional_call, grad, grad_and_value, jvp, vmap
+
+import rosa_func
+from rosa_func import samplers
+
+IDS = token_ids(3, 6)
+TOLERANCE = 1e-5  # float32: two ways to sum the same tens of products, over a few layers
+# Torch's own warnings, of what it does inside.
+performance_drop = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+deprecated_jit = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+names = st.sampled_from(["random", "top", "bottom", "projection", "lora", "additive"])
+seeds = st.integers(0, 2**40)
+
+
+def language_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def setting(sampler: str = "random", key: int = 0, **options: object) -> tuple[nn.Module, TensorDict]:
+    """Return a small GPT-2 and a state of it as if trained, embeddings and norms included."""
+    model = seeded(lambda: gpt2(**options)).eval()
+    targets = ["wte", "c_attn", "c_proj", "c_fc"]
+    draw = getattr(samplers, sampler)
+    state = rosa_func.init(model, 3, key=key, sampler=draw, targets=targets, train="*ln_*")
+    return model, perturbed(state, seed=key % 2**32)
+
+
+def loss_of(model: nn.Module, state: TensorDict, weights=None):
+    """Return the loss as a function of the trainable part, by `call` or by other weights."""
+
+    def loss(trainable: TensorDict, ids: Tensor = IDS) -> Tensor:
+        new = state.replace({"trainable": trainable})
+        if weights is None:
+            return language_loss(rosa_func.call(model, new, ids, use_cache=False).logits, ids)
+        out = functional_call(model, weights(new), (ids,), {"use_cache": False})
+        return language_loss(out.logits, ids)
+
+    return loss
+
+
+def reference_gradients(model: nn.Module, state: TensorDict, ids: Tensor = IDS) -> dict:
+    """Return {path: gradient} by plain autograd through R + A B, with no code of the library."""
+    trainable = state["trainable"].apply(lambda t: t.detach().clone().requires_grad_())
+    leaves = dict(trainable.items(include_nested=True, leaves_only=True))
+    loss = loss_of(model, state, dense)(trainable, ids)
+    return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+
+
+def assert_close(gradients: TensorDict, expected: dict, tolerance: float = TOLERANCE) -> None:
+    found = dict(gradients.items(include_nested=True, leaves_only=True))
+    assert found.keys() == expected.keys()
+    # Against the largest of all gradients: some are zero up to rounding (the bias of the keys).
+    largest = max(value.abs().max() for value in expected.values())
+    for path, value in expected.items():
+        assert (found[path] - value).abs().max() <= tolerance * largest, path
+
+
+@given(sampler=names, key=seeds)
+def test_grad_and_value(sampler, key):
+    model, state = setting(sampler, key)
+    gradients, value = grad_and_value(loss_of(model, state))(state["trainable"])
+    assert_close(gradients, reference_gradients(model, state))
+    assert distance(value, loss_of(model, state, dense)(state["trainable"])) <= TOLERANCE
+    assert_close(grad(loss_of(model, state))(state["trainable"]), reference_gradients(model, state))
+
+
+@given(sampler=names, key=seeds)
+def test_backward(sampler, key):
+    model, state = setting(sampler, key)
+    expected = reference_gradients(model, state)
+    rosa_func.parameters(state)
+    loss_of(model, state)(state["trainable"]).backward()
+    assert_close(state["trainable"].apply(lambda leaf: leaf.grad), expected)
+
+
+@performance_drop
+@given(sampler=names, key=seeds)
+def test_vmap_over_stacked_adapters(sampler, key):
+    model, state = setting(sampler, key)
+    adapters = [perturbed(state, seed=seed)["trainable"] for seed in range(3)]
+
+    def logits(trainable: TensorDict) -> Tensor:
+        new = state.replace({"trainable": trainable})
+        return rosa_func.call(model, new, IDS, use_cache=False).logits
+
+    together = vmap(logits)(torch.stack(adapters))
+    for adapter, result in zip(adapters, together, strict=True):
+        weights = dense(state.replace({"trainable": adapter}))
+        assert distance(result, functional_call(model, weights, (IDS,)).logits) <= TOLERANCE
+
+
+@performance_drop
+def test_vmap_of_grad_over_stacked_adapters():
+    model, state = setting()
+    adapters = [perturbed(state, seed=seed)["trainable"] for seed in range(3)]
+    gradients = vmap(grad(loss_of(model, state)))(torch.stack(adapters))
+    for adapter, gradient in zip(adapters, gradients.unbind(0), strict=True):
+        assert_close(gradient, reference_gradients(model, state.replace({"trainable": adapter})))
+
+
+@performance_drop
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_per_sample_gradients(attention):
+    model, state = setting()
+    model.set_attn_implementation(attention)
+
+    def loss(trainable: TensorDict, sample: Tensor) -> Tensor:
+        return loss_of(model, state)(trainable, sample[None])
+
+    gradients = vmap(grad(loss), in_dims=(None, 0))(state["trainable"], IDS)
+    for sample, gradient in zip(IDS, gradients.unbind(0), strict=True):
+        assert_close(gradient, reference_gradients(model, state, sample[None]))
+
+
+@deprecated_jit
+@given(sampler=names, key=seeds)
+def test_jvp_is_the_slope_along_a_tangent(sampler, key):
+    model, state = setting(sampler, key)
+    model.set_attn_implementation("eager")
+    tangent = state["trainable"].apply(torch.ones_like)
+    value, slope = jvp(loss_of(model, state), (state["trainable"],), (tangent,))
+    expected = reference_gradients(model, state)
+    total = sum(gradient.sum() for gradient in expected.values())
+    scale = sum(gradient.abs().sum() for gradient in expected.values())
+    assert abs(slope - total) <= TOLERANCE * scale
+    assert distance(value, loss_of(model, state, dense)(state["trainable"])) <= TOLERANCE
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def test_compile_the_whole_graph_of_grad_and_value(fresh_compiler):
+    model, state = setting(layers=1)
+    step = torch.compile(grad_and_value(loss_of(model, state)), fullgraph=True, backend="aot_eager")
+    for seed in range(2):  # the second call runs what the first has compiled
+        new = state.replace({"trainable": perturbed(state, seed=seed)["trainable"]})
+        ids = token_ids(3, 6, seed=seed)
+        gradients, value = step(new["trainable"], ids)
+        assert_close(gradients, reference_gradients(model, new, ids))
+        assert distance(value, loss_of(model, state, dense)(new["trainable"], ids)) <= TOLERANCE
+
+
+@deprecated_jit
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler"
+)
+def test_compile_with_inductor(fresh_compiler):
+    model = seeded(lambda: nn.Sequential(nn.Embedding(31, 6), nn.Linear(6, 8), nn.Linear(8, 3)))
+    state = perturbed(rosa_func.init(model, 2, targets="*.weight"))
+
+    def loss(trainable: TensorDict) -> Tensor:
+        return rosa_func.call(model, state.replace({"trainable": trainable}), IDS).square().mean()
+
+    compiled = torch.compile(grad_and_value(loss), fullgraph=True, backend="inductor")
+    (gradients, value), (expected, loss_value) = (
+        step(state["trainable"]) for step in (compiled, grad_and_value(loss))
+    )
+    assert_close(gradients, dict(expected.items(include_nested=True, leaves_only=True)))
+    assert distance(value, loss_value) <= TOLERANCE
+
+
+# Dropout.
+
+
+@performance_drop
+def test_dropout_under_vmap_wants_a_choice_of_randomness():
+    model, state = setting(dropout=0.5)
+    model.train()
+    twice = torch.stack([state["trainable"]] * 2)
+
+    def logits(trainable: TensorDict) -> Tensor:
+        new = state.replace({"trainable": trainable})
+        return rosa_func.call(model, new, IDS, use_cache=False).logits
+
+    with torch.random.fork_rng(devices=[]):
+        first, second = vmap(logits, randomness="different")(twice)
+        assert distance(first, second) > 0.01
+        first, second = vmap(logits, randomness="same")(twice)
+        assert distance(first, second) <= TOLERANCE
+        with pytest.raises(RuntimeError, match="randomness"):
+            vmap(logits)(twice)
+        gradients = vmap(grad(loss_of(model, state)), randomness="different")(twice)
+    assert all(g.isfinite().all() for g in gradients.values(True, True))
+
+
+def test_dropout_draws_the_masks_of_the_dense_model():
+    model, state = setting(dropout=0.5)
+    model.train()
+    by_factors = seeded(lambda: loss_of(model, state)(state["trainable"]))
+    by_dense = seeded(lambda: loss_of(model, state, dense)(state["trainable"]))
+    assert distance(by_factors, by_dense) <= TOLERANCE
+    assert distance(by_factors, loss_of(model.eval(), state)(state["trainable"])) > 0.01
+
+
+# Loops of one's own.
+
+
+def test_the_card():
+    model, args, kwargs = seeded(gpt2).eval(), (IDS,), {"use_cache": False}
+    expected = model(*args, **kwargs).logits
+    state = rosa_func.init(model, 2)
+    for key in range(3):
+        state = rosa_func.resample(state, key)
+        out = torch.func.functional_call(model, rosa_func.compose(state), args, kwargs)
+        assert distance(out.logits, expected) <= TOLERANCE
+
+
+def test_a_functional_loop_takes_the_steps_of_a_torch_optimizer():
+    model, state = setting()
+    by_optimizer = state.clone()
+    optimizer = torch.optim.SGD(rosa_func.parameters(by_optimizer), 0.1)
+    for _ in range(3):
+        gradients, value = grad_and_value(loss_of(model, state))(state["trainable"])
+        trainable = state["trainable"].apply(lambda leaf, g: leaf - 0.1 * g, gradients)
+        state = state.replace({"trainable": trainable})
+        optimizer.zero_grad()
+        result = rosa_func.call(model, by_optimizer, IDS, use_cache=False)
+        loss = language_loss(output(result), IDS)
+        loss.backward()
+        optimizer.step()
+        assert distance(value, loss) <= TOLERANCE
+    for one, other in zip(
+        rosa_func.parameters(state), rosa_func.parameters(by_optimizer), strict=True
+    ):
+        assert distance(one, other) <= TOLERANCE
