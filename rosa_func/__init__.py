@@ -11,8 +11,9 @@ from rosa_func import samplers
 from rosa_func.compose import call, compose, skeleton
 from rosa_func.count import Count, count
 from rosa_func.keys import fold_in
+from rosa_func.leaves import named_parameters, parameters
 from rosa_func.method import Method, method
-from rosa_func.state import init, merge, named_parameters, parameters, resample
+from rosa_func.state import init, merge, resample
 
 __version__ = "0.1.0"
 

@@ -1,0 +1,23 @@
+"""The README's Python blocks run as written, one after the other, on a tiny GPT-2."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import gpt2, seeded, token_ids
+from transformers import GPT2LMHeadModel
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_python_blocks_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(GPT2LMHeadModel, "from_pretrained", lambda name: seeded(lambda: gpt2(6)))
+    ids = token_ids(2, 6)
+    names = {"model": seeded(lambda: gpt2(6)), "ids": ids, "batches": [ids] * 101}
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) >= 5
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), names)
+    assert isinstance(names["value"], torch.Tensor)
+    assert names["out"].logits.isfinite().all()
