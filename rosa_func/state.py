@@ -214,6 +214,11 @@ def check(state: TensorDict) -> list[str]:
     ]:
         raise KeyError(f"the state has no entry {missing[0]!r}; it has {sorted(state.keys())}")
     adapted = [name for name, value in state["trainable"].items() if not isinstance(value, Tensor)]
+    if unmatched := set(adapted).symmetric_difference(state["input_dim"].keys()):
+        name = min(unmatched)
+        raise KeyError(
+            f"the state lacks {name} in {'input_dim' if name in adapted else 'trainable'}"
+        )
     for name in adapted:
         for factor in ("A", "B"):
             if factor not in state["trainable", name].keys():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import dense, distance, gpt2, output, perturbed, randn, seeded, snapshot, token_ids
+from conftest import dense, distance, gpt2, perturbed, randn, seeded, snapshot, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
@@ -17,22 +17,16 @@ from rosa_func.composed import Composed, composed
 
 
 class Bilinear(nn.Bilinear):
-    """One input in place of two."""
-
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x, x.flip(0))
 
 
 class Attention(nn.MultiheadAttention):
-    """Self-attention, its output only."""
-
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x, x, x, need_weights=False)[0]
 
 
 class Recurrent(nn.LSTM):
-    """The hidden states only."""
-
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x)[0]
 
@@ -71,7 +65,7 @@ class Experts(nn.Module):
 
 
 IDS = torch.tensor([[1, 0, 8, 3], [2, 2, 1, 5]])
-# {name: (module, input)}; "weight" as target where none is given in TARGETS
+# {kind: (module, input)}; the target is "weight" where TARGETS has none.
 BUILD = {
     "linear": (lambda: nn.Linear(6, 5), randn(2, 3, 6)),
     "linear without bias": (lambda: nn.Linear(5, 6, bias=False), randn(4, 5)),
@@ -85,20 +79,19 @@ BUILD = {
     "tied": (Tied, IDS),
     "tied with padding": (lambda: Tied(1), IDS),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3), randn(2, 4, 7)),
-    "conv2d": (lambda: nn.Conv2d(4, 6, 3), randn(2, 4, 5, 5)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3), randn(1, 4, 4, 4)),
     "conv2d strided": (
         lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, bias=False),
-        randn(2, 4, 7, 7),
+        randn(1, 4, 6, 6),
     ),
-    "conv2d same": (lambda: nn.Conv2d(4, 6, (3, 2), padding="same"), randn(2, 4, 5, 5)),
+    "conv2d same": (lambda: nn.Conv2d(4, 6, (3, 1), padding="same"), randn(1, 4, 4, 4)),
     "conv2d circular": (
         lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"),
-        randn(2, 4, 5, 5),
+        randn(1, 4, 4, 4),
     ),
-    "conv2d in groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), randn(2, 4, 5, 5)),
-    "conv2d depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4), randn(2, 4, 5, 5)),
+    "conv2d in groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), randn(1, 4, 4, 4)),
     "conv3d": (lambda: nn.Conv3d(2, 4, 2), randn(1, 2, 3, 3, 3)),
-    "transposed conv2d": (lambda: nn.ConvTranspose2d(4, 6, 3), randn(2, 4, 5, 5)),
+    "transposed conv2d": (lambda: nn.ConvTranspose2d(4, 6, 3), randn(1, 4, 4, 4)),
     "attention": (lambda: Attention(8, 2, batch_first=True), randn(2, 3, 8)),
     "bilinear": (lambda: Bilinear(4, 4, 5), randn(3, 4)),
     "lstm": (lambda: Recurrent(4, 5), randn(3, 2, 4)),
@@ -129,7 +122,7 @@ def weights_gradients(module: nn.Module, state: TensorDict, x: Tensor) -> dict[s
 @pytest.mark.parametrize("kind", BUILD)
 @given(
     key=st.integers(0, 2**64),
-    r=st.sampled_from([1, 2, 4]),
+    r=st.integers(1, 3),
     sampler=st.sampled_from(["random", "top", "bottom", "projection", "lora", "additive"]),
 )
 def test_gradients_are_those_of_the_dense_weight_through_the_product(kind, key, r, sampler):
@@ -144,8 +137,8 @@ def test_gradients_are_those_of_the_dense_weight_through_the_product(kind, key, 
             assert (found - expected).norm() <= 1e-5 * expected.norm(), name
 
 
-# The second derivatives of an embedding bag and of a recurrent net are not defined in torch.
-@pytest.mark.parametrize("kind", BUILD)
+# Padded rows and frequencies change what torch calls the gradient, so it is not the derivative.
+@pytest.mark.parametrize("kind", [k for k in BUILD if "padding" not in k and "scaled" not in k])
 def test_gradcheck_of_factors_and_inputs(kind):
     module, state, x = setting(kind, torch.float64)
     paths = list(state["trainable"].keys(include_nested=True, leaves_only=True))
@@ -158,9 +151,7 @@ def test_gradcheck_of_factors_and_inputs(kind):
 
     leaves = [state["trainable", path].clone().requires_grad_() for path in paths]
     x = x.requires_grad_() if x.is_floating_point() else x
-    # Frequencies and padded rows are no part of the derivative, so gradcheck cannot know of them.
-    if kind not in ("embedding scaled by frequency",) and "padding" not in kind:
-        assert torch.autograd.gradcheck(function, (x, *leaves))
+    assert torch.autograd.gradcheck(function, (x, *leaves))
 
 
 @pytest.mark.parametrize("padding_idx", [0, 3, -2])
@@ -194,7 +185,9 @@ shapes = st.tuples(st.integers(1, 6), st.integers(1, 6))
 
 def pair(m: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float64):
     """Return a composed weight and the dense one it stands for."""
-    R, A, B = (randn(*s, seed=seed + i, dtype=dtype) for i, s in enumerate([(m, n), (m, 2), (2, n)]))
+    R, A, B = (
+        randn(*s, seed=seed + i, dtype=dtype) for i, s in enumerate([(m, n), (m, 2), (2, n)])
+    )
     return composed(R, A, B), R + A @ B
 
 
@@ -293,31 +286,26 @@ def test_weights_of_more_than_two_dimensions_multiply_as_stacks_of_matrices(shap
 # call.
 
 
-def misfit(change, match: str, error: type[Exception]) -> None:
+BIAS = "transformer.ln_f.bias"
+
+
+@pytest.mark.parametrize(
+    "change, error, match",
+    [
+        (lambda f: f.del_(BIAS), KeyError, r"lacks transformer\.ln_f\.bias of GPT2LMHeadModel"),
+        (lambda f: f.set("x.y", torch.zeros(1)), KeyError, r"x\.y, which GPT2LMHeadModel has not"),
+        (lambda f: f.set(BIAS, torch.zeros(13)), ValueError, r"ln_f\.bias .*\(13,\).*\(12,\)"),
+    ],
+    ids=["removed", "added", "reshaped"],
+)
+def test_call_refuses_a_state_that_does_not_fit(change, error, match):
     model = seeded(gpt2)
     state = rosa_func.init(model, 2)
-    change(state)
+    change(state["frozen"])
     before = snapshot(model)
     with pytest.raises(error, match=match):
         rosa_func.call(model, state, token_ids(1, 4))
     assert snapshot(model) == before
-
-
-def test_call_refuses_a_state_that_does_not_fit():
-    bias = "transformer.ln_f.bias"
-
-    def remove(state):
-        del state["frozen", bias]
-
-    def add(state):
-        state["frozen"]["transformer.ln_g.bias"] = torch.zeros(12)
-
-    def reshape(state):
-        state["frozen"][bias] = torch.zeros(13)
-
-    misfit(remove, r"lacks transformer\.ln_f\.bias of GPT2LMHeadModel", KeyError)
-    misfit(add, r"transformer\.ln_g\.bias, which GPT2LMHeadModel has not", KeyError)
-    misfit(reshape, r"transformer\.ln_f\.bias .*\(13,\).*\(12,\)", ValueError)
 
 
 def test_call_names_both_shapes_of_another_model():
@@ -346,7 +334,5 @@ def test_a_module_used_twice_has_one_weight():
     model = nn.Sequential(layer, nn.Tanh(), layer)
     state = perturbed(rosa_func.init(model, 2))
     assert list(state["trainable"].keys()) == ["0.weight"]
-    merged = nn.Sequential(layer, nn.Tanh(), layer)
-    expected = functional_call(merged, dense(state), (randn(3, 6),))
+    expected = functional_call(model, dense(state), (randn(3, 6),))
     assert distance(rosa_func.call(model, state, randn(3, 6)), expected) <= 1e-6
-    assert output(expected).shape == (3, 6)

@@ -2,16 +2,17 @@
 
 import copy
 import gc
-import random
 import weakref
+from collections.abc import Iterable
 
-import numpy as np
 import pytest
 import torch
 from conftest import (
     NAMES,
     Case,
+    aliases,
     distance,
+    global_state,
     gpt2,
     output,
     perturbed,
@@ -19,11 +20,12 @@ from conftest import (
     snapshot,
     state_bytes,
     stock,
-    tensor_bytes,
+    storages,
     token_ids,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensordict import TensorDict
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import BertConfig, BertForSequenceClassification
@@ -43,7 +45,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return distance(a, b) <= EPSILONS * torch.finfo(b.dtype).eps
 
 
-def called(case: Case, state: rosa_func.state.TensorDict) -> torch.Tensor:
+def called(case: Case, state: TensorDict) -> torch.Tensor:
     return output(rosa_func.call(case.model, state, *case.args, **case.kwargs))
 
 
@@ -60,9 +62,7 @@ def called(case: Case, state: rosa_func.state.TensorDict) -> torch.Tensor:
     attention=st.sampled_from(["sdpa", "eager"]),
     training=st.booleans(),
 )
-def test_same_output_after_init_and_after_resample(
-    name, r, key, drawn, dtype, attention, training
-):
+def test_same_output_after_init_and_after_resample(name, r, key, drawn, dtype, attention, training):
     case = stock(name, dtype, attention)
     case.model.train(training)
     expected = case.stock()
@@ -114,21 +114,12 @@ def test_backward_gives_gradients_on_all_leaves(name, training):
     state = rosa_func.init(case.model, 2)
     leaves = rosa_func.named_parameters(state)
     (called(case, state) ** 2).mean().backward()
-    without = [
-        leaf for leaf, value in leaves.items() if value.grad is None or not value.grad.any()
-    ]
+    without = [leaf for leaf, value in leaves.items() if value.grad is None or not value.grad.any()]
     assert not without
     assert all(p.grad is None for p in case.model.parameters())
 
 
 # Purity.
-
-
-def global_state() -> tuple[object, ...]:
-    """Return what is global and must not move: generators, threads, flags of torch."""
-    generators = (tensor_bytes(torch.get_rng_state()), random.getstate(), str(np.random.get_state()))
-    flags = (torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype())
-    return generators + flags
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -169,7 +160,9 @@ def test_every_function_leaves_the_model_its_input_and_the_globals(
     assert global_state() == globals_before
 
 
-@pytest.mark.parametrize("name, train", [("gpt2-small", "*bias"), ("t5", "*norm*"), ("encoder", ())])
+@pytest.mark.parametrize(
+    "name, train", [("gpt2-small", "*bias"), ("t5", "*norm*"), ("encoder", ())]
+)
 def test_training_leaves_the_model_and_the_globals(name, train):
     case = stock(name)
     model = case.model.train()
@@ -190,10 +183,6 @@ def test_training_leaves_the_model_and_the_globals(name, train):
     assert global_state() == globals_before
 
 
-def storages(tensors) -> set[int]:
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
-
-
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_only_tensors_that_no_draw_changes_are_shared(sampler):
     model, draw = seeded(gpt2), getattr(samplers, sampler)
@@ -201,18 +190,21 @@ def test_only_tensors_that_no_draw_changes_are_shared(sampler):
     state = rosa_func.init(model, 2, sampler=draw, train="*bias", exact=True)
     adapted = set(state["input_dim"].keys())
     rest = {name for name in weights if name not in adapted and not name.endswith("bias")}
-    shared = rest | adapted if sampler in ("lora", "additive") else rest
-    for name, tensor in weights.items():
-        inside = storages(state.values(include_nested=True, leaves_only=True))
-        assert (tensor.untyped_storage().data_ptr() in inside) == (name in shared), name
-    new, merged = rosa_func.resample(state, 1, sampler=draw), rosa_func.merge(state)
-    for name in weights:
-        old = state["trainable" if name.endswith("bias") else "frozen", name]
-        after = storages(new.values(include_nested=True, leaves_only=True))
-        assert (old.untyped_storage().data_ptr() in after) == (name in rest), name
-        assert (old.untyped_storage().data_ptr() in storages([merged[name]])) == (
-            name not in adapted
-        ), name
+
+    def kept(tensors: dict[str, torch.Tensor], others: Iterable[torch.Tensor]) -> set[str]:
+        found = storages(others)
+        return {name for name, t in tensors.items() if t.untyped_storage().data_ptr() in found}
+
+    def leaves(state: TensorDict) -> Iterable[torch.Tensor]:
+        return state.values(include_nested=True, leaves_only=True)
+
+    unchanged = adapted if sampler in ("lora", "additive") else set()
+    assert kept(weights, leaves(state)) == rest | unchanged
+    held = dict(state["frozen"].items()) | {
+        name: value for name, value in state["trainable"].items() if isinstance(value, torch.Tensor)
+    }
+    assert kept(held, leaves(rosa_func.resample(state, 1, sampler=draw))) == rest
+    assert kept(held, rosa_func.merge(state).values()) == set(weights) - adapted
 
 
 # Skeletons.
@@ -233,14 +225,6 @@ def test_a_skeleton_computes_the_same_bits_without_weights(name):
         assert skeleton.get_buffer(buffer).is_meta == (buffer in persistent)
         if buffer not in persistent:
             assert torch.equal(skeleton.get_buffer(buffer), tensor)
-
-
-def aliases(model: nn.Module) -> list[list[str]]:
-    """Group the names that stand for the same parameter."""
-    groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
-    return sorted(groups.values())
 
 
 def test_ties_and_rotary_frequencies_are_there_to_be_kept():
@@ -287,6 +271,8 @@ def test_default_targets_are_the_linear_weights_of_the_backbone():
     ]
     adapted = list(rosa_func.init(untied, 2)["trainable"].keys())
     assert "lm_head.weight" not in adapted and len(adapted) == 2 * 7
+    with pytest.raises(ValueError, match="'head' in train"):  # pretrained: no task head
+        rosa_func.init(untied, 2, train="head")
 
 
 def classifier() -> nn.Module:

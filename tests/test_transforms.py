@@ -28,12 +28,18 @@ def language_loss(logits: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def setting(sampler: str = "random", key: int = 0, **options: object) -> tuple[nn.Module, TensorDict]:
-    """Return a small GPT-2 and a state of it as if trained, embeddings and norms included."""
+def setting(
+    sampler: str = "random", key: int = 0, inner: bool = False, **options: object
+) -> tuple[nn.Module, TensorDict]:
+    """Return a small GPT-2 and a state of it as if trained.
+
+    Embeddings and norms included, unless `inner`: then no input of the first layer depends on what
+    is trained, so that under vmap it has no batch, while the factors have.
+    """
     model = seeded(lambda: gpt2(**options)).eval()
-    targets = ["wte", "c_attn", "c_proj", "c_fc"]
+    targets, train = (None, ()) if inner else (["wte", "c_attn", "c_proj", "c_fc"], "*ln_*")
     draw = getattr(samplers, sampler)
-    state = rosa_func.init(model, 3, key=key, sampler=draw, targets=targets, train="*ln_*")
+    state = rosa_func.init(model, 3, key=key, sampler=draw, targets=targets, train=train)
     return model, perturbed(state, seed=key % 2**32)
 
 
@@ -86,9 +92,9 @@ def test_backward(sampler, key):
 
 
 @performance_drop
-@given(sampler=names, key=seeds)
-def test_vmap_over_stacked_adapters(sampler, key):
-    model, state = setting(sampler, key)
+@given(sampler=names, key=seeds, inner=st.booleans())
+def test_vmap_over_stacked_adapters(sampler, key, inner):
+    model, state = setting(sampler, key, inner)
     adapters = [perturbed(state, seed=seed)["trainable"] for seed in range(3)]
 
     def logits(trainable: TensorDict) -> Tensor:
@@ -102,8 +108,9 @@ def test_vmap_over_stacked_adapters(sampler, key):
 
 
 @performance_drop
-def test_vmap_of_grad_over_stacked_adapters():
-    model, state = setting()
+@pytest.mark.parametrize("inner", [False, True])
+def test_vmap_of_grad_over_stacked_adapters(inner):
+    model, state = setting(inner=inner)
     adapters = [perturbed(state, seed=seed)["trainable"] for seed in range(3)]
     gradients = vmap(grad(loss_of(model, state)))(torch.stack(adapters))
     for adapter, gradient in zip(adapters, gradients.unbind(0), strict=True):

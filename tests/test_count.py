@@ -1,0 +1,49 @@
+"""Counts of values."""
+
+from conftest import gpt2, seeded
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import rosa_func
+
+
+@given(m=st.integers(1, 20), n=st.integers(1, 20), data=st.data())
+def test_an_adapted_weight_trains_r_of_each_side(m, n, data):
+    r = data.draw(st.integers(1, min(m, n)))
+    model = nn.Sequential(nn.Linear(n, m), nn.BatchNorm1d(m))
+    counted = rosa_func.count(rosa_func.init(model, r, train="1"))
+    assert counted.weights["0.weight"] == (r * (m + n), m * n)
+    assert counted.weights["0.bias"] == (0, m)
+    assert counted.weights["1.bias"] == (m, m)
+    assert counted.weights["1.num_batches_tracked"] == (0, 1)
+    assert counted.trainable == r * (m + n) + 2 * m
+    assert counted.total == m * n + 5 * m + 1
+
+
+def test_sums_are_those_of_the_leaves_and_of_the_model():
+    model = seeded(gpt2)
+    state = rosa_func.init(model, {"wte": 2, "*": 3}, targets=["wte", "c_attn"], train="*ln_*")
+    counted = rosa_func.count(state)
+    assert counted.trainable == sum(leaf.numel() for leaf in rosa_func.parameters(state))
+    assert counted.total == sum(p.numel() for p in model.parameters())  # the tied weight once
+    assert counted.weights.keys() == rosa_func.merge(state).keys()
+    assert (counted.trainable, counted.total) == tuple(
+        sum(column) for column in zip(*counted.weights.values(), strict=True)
+    )
+
+
+def test_a_weight_of_more_dimensions_counts_as_a_matrix():
+    state = rosa_func.init(nn.Conv2d(4, 6, 3), 2, targets="weight")
+    assert rosa_func.count(state).weights["weight"] == (2 * (6 + 36), 6 * 36)
+
+
+def test_the_table():
+    model = nn.Sequential(nn.Linear(60, 40), nn.LayerNorm(40))
+    lines = str(rosa_func.count(rosa_func.init(model, 2, train="1.bias"))).splitlines()
+    assert [line.split() for line in lines] == [
+        ["all", "240", "of", "2,520", "9.524%"],
+        ["0.weight", "200", "of", "2,400", "8.333%"],
+        ["1.bias", "40", "of", "40", "100.000%"],
+    ]
+    assert len({len(line) for line in lines}) == 1  # aligned

@@ -1,0 +1,297 @@
+"""Which weights are adapted at which rank; bad input: a clear error, and nothing changed."""
+
+import re
+
+import pytest
+import torch
+from conftest import gpt2, seeded, snapshot, state_bytes
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import rosa_func
+from rosa_func import samplers
+
+ATTENTION = "transformer.h.0.attn.c_attn.weight"
+WORDS = "transformer.wte.weight"
+
+
+def small() -> nn.Sequential:
+    return seeded(lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 8)))
+
+
+def adapted(model: nn.Module, r=2, **options) -> dict[str, int]:
+    """Return the rank of each adapted weight."""
+    trainable = rosa_func.init(model, r, sampler=samplers.lora, **options)["trainable"]
+    return {n: v["A"].shape[1] for n, v in trainable.items() if not isinstance(v, torch.Tensor)}
+
+
+def refused(error: type[Exception], *parts: str, model: nn.Module | None = None, **options) -> None:
+    """Check init's error: its type, that the message has all parts, and that nothing changed."""
+    model = small() if model is None else model
+    options = {"r": 2, **options}
+    before, generator = snapshot(model), torch.get_rng_state()
+    with pytest.raises(error) as caught:
+        rosa_func.init(model, **options)
+    for part in parts:
+        assert part in str(caught.value), f"{part!r} is not in {caught.value}"
+    assert snapshot(model) == before and torch.equal(torch.get_rng_state(), generator)
+
+
+# Ranks.
+
+
+@given(m=st.integers(1, 30), n=st.integers(1, 30), fraction=st.floats(0, 1, exclude_max=True))
+def test_a_fraction_is_of_the_smaller_side_rounded_down_and_at_least_one(m, n, fraction):
+    model = nn.Sequential(nn.Linear(n, m))
+    if fraction > 0:
+        assert adapted(model, fraction) == {"0.weight": max(1, int(fraction * min(m, n)))}
+
+
+def test_the_first_match_of_a_mapping_counts():
+    model = seeded(lambda: gpt2(layers=1))
+    ranks = adapted(model, {"c_attn": 3, "*mlp*": 0.5, "*": 1})
+    layer = "transformer.h.0"
+    assert ranks == {
+        ATTENTION: 3,
+        f"{layer}.attn.c_proj.weight": 1,
+        f"{layer}.mlp.c_fc.weight": 6,
+        f"{layer}.mlp.c_proj.weight": 6,
+    }
+    assert set(adapted(model, {"*": 1, "c_attn": 3}).values()) == {1}
+
+
+@pytest.mark.parametrize(
+    "r, error, parts",
+    [
+        (0, ValueError, ["at least 1", "0"]),
+        (-3, ValueError, ["at least 1", "-3"]),
+        (True, TypeError, ["True", "bool", "int or a fraction"]),
+        ("4", TypeError, ["'4'", "str"]),
+        (None, TypeError, ["None"]),
+        (0.0, ValueError, ["0.0", "(0, 1)"]),
+        (1.0, ValueError, ["1.0", "(0, 1)", "pass an int"]),
+        (2.5, ValueError, ["2.5", "(0, 1)"]),
+        (-0.5, ValueError, ["-0.5", "(0, 1)"]),
+        (float("nan"), ValueError, ["nan", "(0, 1)"]),
+        (5, ValueError, ["5", "min(4, 6) = 4", "0.weight", "smaller rank"]),
+        ({"0.weight": 2}, ValueError, ["2.weight", "'0.weight': 2", "'*'"]),
+        ({"0.weight": 2, "*": 0}, ValueError, ["at least 1", "0"]),
+        ({"0.weight": True, "*": 1}, TypeError, ["True", "bool"]),
+        ({"0.wieght": 2, "*": 1}, ValueError, ["'0.wieght'", "0.weight"]),
+        ({0: 2, "*": 1}, TypeError, ["0", "patterns"]),
+        ({}, ValueError, ["0.weight", "'*'"]),
+    ],
+    ids=repr,
+)
+def test_ranks_that_are_refused(r, error, parts):
+    refused(error, *parts, r=r)
+    state = rosa_func.init(small(), 2)
+    before = state_bytes(state)
+    if r is not None:  # to resample it means the ranks as they are
+        with pytest.raises(error) as caught:
+            rosa_func.resample(state, 1, r=r)
+        assert all(part in str(caught.value) for part in parts)
+        assert state_bytes(state) == before
+
+
+def test_a_rank_is_checked_against_each_weight():
+    refused(ValueError, "rank 5", "min(5, 4) = 4", "1.weight", model=wide(), r=5)
+
+
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), nn.Linear(4, 5))
+
+
+# Targets.
+
+
+@pytest.mark.parametrize("targets", ["lm_head", "wte", "lm_head.weight", "*wte*", "lm_*"])
+def test_an_alias_means_the_tied_weight(targets):
+    assert list(adapted(seeded(gpt2), targets=targets)) == [WORDS]
+
+
+@pytest.mark.parametrize(
+    "targets, names",
+    [
+        ("c_attn", [ATTENTION]),
+        (ATTENTION, [ATTENTION]),
+        ("*attn.c_proj.weight", ["transformer.h.0.attn.c_proj.weight"]),
+        (["wpe", "c_attn"], ["transformer.wpe.weight", ATTENTION]),
+        ("*c_attn*", [ATTENTION]),  # the bias, a vector, is passed over
+        (lambda name, owner: "c_attn" in name, [ATTENTION]),
+        (lambda name, owner: owner.__class__ is nn.Embedding, [WORDS, "transformer.wpe.weight"]),
+    ],
+    ids=["name", "full name", "glob", "list", "vectors", "predicate of names", "and of modules"],
+)
+def test_patterns_and_predicates(targets, names):
+    assert list(adapted(seeded(lambda: gpt2(layers=1)), targets=targets)) == names
+
+
+@pytest.mark.parametrize(
+    "options, error, parts",
+    [
+        ({"targets": "attn.c_attn.weight"}, ValueError, ["'attn.c_attn.weight'", ATTENTION]),
+        ({"targets": "c_atn"}, ValueError, ["'c_atn'", "targets", "c_attn"]),
+        ({"targets": "*c_atn.weight"}, ValueError, ["matches no parameter", "c_attn.weight"]),
+        ({"targets": ["c_attn", "querry"]}, ValueError, ["'querry'", "closest names"]),
+        ({"targets": []}, ValueError, ["targets is empty", "None"]),
+        ({"targets": [1]}, TypeError, ["targets", "1", "int"]),
+        ({"targets": 3}, TypeError, ["targets", "3"]),
+        ({"targets": lambda name, owner: False}, ValueError, ["predicate", "no parameter"]),
+        ({"targets": "*bias"}, ValueError, ["'*bias'", "two dimensions", "(36,)", "train="]),
+        ({"targets": "ln_f"}, ValueError, ["'ln_f'", "transformer.ln_f.weight", "(12,)"]),
+        ({"train": "ln_g"}, ValueError, ["'ln_g'", "train", "ln_f"]),
+        ({"train": 3}, TypeError, ["train", "3"]),
+        ({"train": "c_attn"}, ValueError, [ATTENTION, "`targets`", "`train`"]),
+        ({"train": "head"}, ValueError, ["'head'", "train"]),
+        ({"targets": "wte", "train": "lm_head"}, ValueError, [WORDS, "both"]),
+        ({"key": "0"}, TypeError, ["'0'", "str", "key=0"]),
+        ({"key": 1.0}, TypeError, ["1.0", "float"]),
+        ({"key": True}, TypeError, ["True", "bool"]),
+        ({"key": torch.tensor(1)}, TypeError, ["tensor(1)", "Tensor"]),
+        ({"exact": 1}, TypeError, ["exact", "1"]),
+        ({"exact": "yes"}, TypeError, ["exact", "'yes'"]),
+        ({"alpha": 16}, TypeError, ["alpha"]),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_arguments_of_init_that_are_refused(options, error, parts):
+    refused(error, *parts, model=seeded(gpt2), **options)
+
+
+def test_nothing_to_adapt():
+    refused(ValueError, "Sequential", "no nn.Linear or Conv1D", "targets=", model=nn.Sequential())
+    refused(ValueError, "LayerNorm", "targets=", model=nn.LayerNorm(3))
+
+
+# Weights.
+
+
+def changed(name: str, value: torch.Tensor) -> nn.Module:
+    model = small()
+    layer, parameter = name.split(".")
+    setattr(model[int(layer)], parameter, nn.Parameter(value, requires_grad=False))
+    return model
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_weights_that_are_not_finite(bad, dtype):
+    weight = torch.ones(8, 4, dtype=dtype)
+    weight[3, 2] = bad
+    refused(ValueError, "2.weight", "non-finite", model=changed("2.weight", weight))
+    model = small()
+    state = rosa_func.init(model, 2)
+    state["trainable", "2.weight", "A"][0, 0] = bad  # as after a step too large
+    with pytest.raises(ValueError, match=r"2\.weight has non-finite values.*learning rate"):
+        rosa_func.resample(state, 1)
+    assert adapted(changed("2.weight", weight), targets="0.weight")  # it is not asked for
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.complex64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("argument", ["targets", "train"])
+def test_weights_of_a_dtype_that_cannot_be_trained(dtype, argument):
+    model = changed("2.weight", torch.ones(8, 4).to(dtype))
+    options = {"targets": "2.weight"} if argument == "targets" else {"targets": "0.weight"}
+    options |= {"train": "2.weight"} if argument == "train" else {}
+    refused(TypeError, "2.weight", str(dtype), "float32", model=model, **options)
+    assert adapted(model, targets="0.weight") == {"0.weight": 2}
+
+
+def test_meta_weights_and_empty_weights():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(6, 4))
+    with pytest.raises(ValueError, match=r"0\.weight.*meta device.*load"):
+        rosa_func.init(model, 2)
+    with pytest.raises(ValueError, match=r"0\.weight.*meta device"):
+        rosa_func.init(rosa_func.skeleton(small()), 2)
+    refused(ValueError, "2.weight", "(0, 4)", model=changed("2.weight", torch.ones(0, 4)))
+
+
+def test_a_residual_beyond_float16():
+    W = torch.full((8, 4), 6e4).half()
+    W[0, 0] = -W[0, 0]
+
+    def far(W, r, site):
+        return torch.full((W.shape[0], 1), 250.0), torch.full((1, W.shape[1]), 250.0)
+
+    refused(ValueError, "2.weight", "65504", model=changed("2.weight", W), r=1, sampler=far)
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
+def test_embeddings_with_max_norm(layer):
+    model = nn.ModuleDict({"words": layer(9, 6, max_norm=1.5), "out": nn.Linear(6, 4)})
+    refused(ValueError, "words", "max_norm=1.5", "max_norm=None", model=model)
+
+
+def test_a_decomposition_that_does_not_converge(monkeypatch):
+    def eigh(*_args, **_kwargs):
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    state = rosa_func.init(small(), 2)
+    before = state_bytes(state)
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    refused(ValueError, "0.weight", "did not converge")
+    with pytest.raises(ValueError, match=r"0\.weight did not converge"):
+        rosa_func.resample(state, 1)
+    assert state_bytes(state) == before
+
+
+# States.
+
+
+@pytest.mark.parametrize("key", ["1", 1.0, None, True, torch.tensor(1)], ids=repr)
+def test_keys_of_resample_that_are_refused(key):
+    state = rosa_func.init(small(), 2)
+    with pytest.raises(TypeError, match=re.escape(repr(key))):
+        rosa_func.resample(state, key)
+
+
+@pytest.mark.parametrize("function", ["compose", "call", "resample", "merge"])
+@pytest.mark.parametrize(
+    "path, part",
+    [
+        (("frozen",), "frozen"),
+        (("trainable",), "trainable"),
+        (("input_dim",), "input_dim"),
+        (("frozen", "0.weight"), "0.weight"),
+        (("trainable", "0.weight"), "0.weight"),
+        (("trainable", "0.weight", "A"), "factor A of 0.weight"),
+        (("trainable", "0.weight", "B"), "factor B of 0.weight"),
+        (("input_dim", "0.weight"), "0.weight"),
+    ],
+    ids=lambda value: ".".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_state_whose_entries_were_removed(function, path, part):
+    model = small()
+    state = rosa_func.init(model, 2)
+    del state[path]
+    before = state_bytes(state)
+    use = {
+        "compose": lambda: rosa_func.compose(state),
+        "call": lambda: rosa_func.call(model, state, torch.ones(2, 6)),
+        "resample": lambda: rosa_func.resample(state, 1),
+        "merge": lambda: rosa_func.merge(state),
+    }
+    with pytest.raises(KeyError) as caught:
+        use[function]()
+    assert part in str(caught.value)
+    assert state_bytes(state) == before
+
+
+def test_factors_that_do_not_multiply_to_the_residual():
+    state = rosa_func.init(small(), 2)
+    state["trainable", "0.weight", "A"] = torch.ones(4, 3)
+    with pytest.raises(ValueError, match=r"0\.weight.*\(4, 3\).*\(2, 6\).*\(4, 6\)"):
+        rosa_func.merge(state)
+
+
+def test_unknown_arguments():
+    state = rosa_func.init(small(), 2)
+    with pytest.raises(TypeError, match="rank"):
+        rosa_func.resample(state, 1, rank=2)
+    with pytest.raises(TypeError, match="strict"):
+        rosa_func.merge(state, strict=False)
+    with pytest.raises(TypeError, match="alpha"):
+        rosa_func.method(2, alpha=16)
