@@ -33,7 +33,7 @@ class Composed(Tensor):
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         with torch._C.DisableTorchFunctionSubclass():
-            if func in _RULES:
+            if func in _RULES and kwargs.keys() <= _OPTIONS:
                 result = _RULES[func](func, *args, **kwargs)
                 if result is not NotImplemented:
                     return result
@@ -64,31 +64,38 @@ def _apply(x: Tensor, R: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = Non
     rows = x.reshape(-1, x.shape[-1])
     base = rows @ R if bias is None else torch.addmm(bias, rows, R)
     inner = rows @ A.t().contiguous().t()
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        out = torch.addmm(base, inner, B.contiguous())
-    else:  # without a copy of base, which no vmap can do
+    if _is_plain(rows):  # without a copy of base, which neither vmap nor autocast can do
         out = base.addmm_(inner, B.contiguous())
+    else:
+        out = torch.addmm(base, inner, B.contiguous())
     return out.view(*x.shape[:-1], R.shape[-1])
 
 
+def _is_plain(x: Tensor) -> bool:
+    """Tell whether neither a compiler, a transform of torch.func nor autocast is at work."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.is_autocast_enabled(x.device.type)
+    )
+
+
 def _linear(func: Any, x: Any, w: Any, bias: Any = None) -> Any:
-    if not _only_weight(w, x, bias):
+    if not _only_matrix(w, x, bias):
         return NotImplemented
     return _apply(x, w.R.t(), w.B.t(), w.A.t(), bias)
 
 
-def _addmm(func: Any, bias: Any, x: Any, w: Any, **scales: Any) -> Any:
-    if scales or not _only_weight(w, x, bias):
+def _addmm(func: Any, bias: Any, x: Any, w: Any) -> Any:
+    if not _only_matrix(w, x, bias):
         return NotImplemented
     return _apply(x, w.R, w.A, w.B, bias)
 
 
-def _matmul(func: Any, left: Any, right: Any, **out: Any) -> Any:
-    if out or not (left.ndim and right.ndim):
-        return NotImplemented
-    if _only_weight(right, left):
+def _matmul(func: Any, left: Any, right: Any) -> Any:
+    if _only_matrix(right, left):
         return _apply(left, right.R, right.A, right.B)
-    if _only_weight(left, right):
+    if _only_matrix(left, right):
         return left.R @ right + left.A @ (left.B @ right)
     return NotImplemented
 
@@ -107,7 +114,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    if max_norm is not None or scale_grad_by_freq or not _only_weight(w, indices):
+    if max_norm is not None or scale_grad_by_freq or not _only_matrix(w, indices):
         return NotImplemented
     rows = func(indices, w.A) @ w.B
     if padding_idx is not None:
@@ -135,7 +142,8 @@ def _convolution(
     return func(x, w.R, bias, stride, padding, dilation) + outer
 
 
-def _transpose(func: Any, w: Any, *dims: Any) -> Any:
+def _transpose(func: Any, w: Any, *dims: Any, **named: Any) -> Any:
+    dims = (*dims, *named.values())
     if w.R.ndim != 2 or (dims and {dim % 2 for dim in dims} != {0, 1}):
         return NotImplemented
     return composed(w.R.t(), w.B.t(), w.A.t())
@@ -147,6 +155,10 @@ def _only_weight(w: Any, *others: Any) -> bool:
 
 def _getter(attribute: str) -> Any:
     return getattr(Tensor, attribute).__get__
+
+
+def _only_matrix(w: Any, *others: Any) -> bool:
+    return _only_weight(w, *others) and w.R.ndim == 2
 
 
 # The operations in which modules use their weights.
@@ -163,6 +175,13 @@ _RULES: dict[Any, Callable[..., Any]] = {
         [torch.t, Tensor.t, torch.transpose, Tensor.transpose, *map(_getter, ("T", "mT"))],
         _transpose,
     ),
+}
+
+# What the rules take by name; whatever else is given so is left to the dense weight.
+_OPTIONS = {
+    *("bias", "stride", "padding", "dilation", "groups"),
+    *("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+    *("dim0", "dim1"),
 }
 
 # What can be answered from R alone.
