@@ -118,10 +118,8 @@ def skeleton(model: nn.Module) -> nn.Module:
     stand_ins: dict[int, Any] = {
         id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()
     }
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                stand_ins[id(buffer)] = buffer.detach().to("meta")
+    for _, buffer in targets.persistent_buffers(model):
+        stand_ins[id(buffer)] = buffer.detach().to("meta")
     return copy.deepcopy(model, stand_ins)
 
 

@@ -153,12 +153,12 @@ def _only_weight(w: Any, *others: Any) -> bool:
     return isinstance(w, Composed) and not any(isinstance(other, Composed) for other in others)
 
 
-def _getter(attribute: str) -> Any:
-    return getattr(Tensor, attribute).__get__
-
-
 def _only_matrix(w: Any, *others: Any) -> bool:
     return _only_weight(w, *others) and w.R.ndim == 2
+
+
+def _getter(attribute: str) -> Any:
+    return getattr(Tensor, attribute).__get__
 
 
 # The operations in which modules use their weights.

@@ -1,6 +1,5 @@
 """How many values train, and out of how many."""
 
-from math import prod
 from typing import NamedTuple
 
 from tensordict import TensorDict
@@ -50,7 +49,7 @@ def count(state: TensorDict) -> Count:
         if isinstance(value, Tensor):
             weights[name] = (value.numel(), value.numel())
         else:
-            factors = sum(prod(value[factor].shape) for factor in ("A", "B"))
+            factors = value["A"].numel() + value["B"].numel()
             weights[name] = (factors, weights[name][1])
     trainable, total = (sum(column) for column in zip(*weights.values(), strict=True))
     return Count(trainable, total, weights)

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -33,11 +34,12 @@ class Plan(NamedTuple):
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and the persistent buffers, a tied one once, under its first name."""
-    return {name: tensor.detach() for name, tensor in _tensors(model)}
+    both = chain(model.named_parameters(), persistent_buffers(model))
+    return {name: tensor.detach() for name, tensor in both}
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers that a state holds, a tied one once, under its first name."""
     seen = set()
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():
