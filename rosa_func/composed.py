@@ -57,17 +57,11 @@ def _dense(value: Any) -> Any:
 
 
 def _apply(x: Tensor, R: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x R + bias + (x A) B, for x of any number of rows, R: m x n.
-
-    Both factors are laid out with r first, in which BLAS is quickest, in backward too.
-    """
+    """Return x R + bias + (x A) B, for x of any number of rows, R: m x n."""
     rows = x.reshape(-1, x.shape[-1])
     base = rows @ R if bias is None else torch.addmm(bias, rows, R)
-    inner = rows @ A.t().contiguous().t()
-    if _is_plain(rows):  # without a copy of base, which neither vmap nor autocast can do
-        out = base.addmm_(inner, B.contiguous())
-    else:
-        out = torch.addmm(base, inner, B.contiguous())
+    # In place saves a copy of base, which neither vmap nor autocast can do.
+    out = base.addmm_(rows @ A, B) if _is_plain(rows) else torch.addmm(base, rows @ A, B)
     return out.view(*x.shape[:-1], R.shape[-1])
 
 
