@@ -7,12 +7,14 @@
 >>> state = rosa_func.resample(state, key=1)
 """
 
-from rosa_func import samplers
-from rosa_func.compose import call, compose, skeleton
+from rosa_func import checkpoint, optim, samplers
+from rosa_func.compose import bind, call, compose, skeleton
 from rosa_func.count import Count, count
 from rosa_func.keys import fold_in
 from rosa_func.leaves import named_parameters, parameters
+from rosa_func.loading import init_from
 from rosa_func.method import Method, method
+from rosa_func.recompute import recompute
 from rosa_func.state import init, merge, resample
 
 __version__ = "0.1.0"
@@ -20,15 +22,20 @@ __version__ = "0.1.0"
 __all__ = [
     "Count",
     "Method",
+    "bind",
     "call",
+    "checkpoint",
     "compose",
     "count",
     "fold_in",
     "init",
+    "init_from",
     "merge",
     "method",
     "named_parameters",
+    "optim",
     "parameters",
+    "recompute",
     "resample",
     "samplers",
     "skeleton",

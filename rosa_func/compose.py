@@ -1,8 +1,11 @@
 """From a state to the model's weights: composed weights, `call`, and weightless copies."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -10,6 +13,11 @@ from torch.func import functional_call
 from rosa_func import state as states
 from rosa_func import targets
 from rosa_func.composed import composed
+from rosa_func.recompute import (
+    Reparametrized,
+    refuse_wrong_checkpointing,
+    weights_for_backward,
+)
 
 
 def compose(state: TensorDict) -> dict[str, Tensor]:
@@ -73,7 +81,8 @@ def call(model: nn.Module, state: TensorDict, /, *args: Any, **kwargs: Any) -> A
 
     Raises:
         KeyError: if the state lacks a tensor of the model, or has one that the model has not.
-        ValueError: if a shape differs (both are named).
+        ValueError: if a shape differs (both are named), or if the model, in training, uses
+            gradient checkpointing without `recompute`.
 
     Example:
         >>> import rosa_func, torch
@@ -82,13 +91,56 @@ def call(model: nn.Module, state: TensorDict, /, *args: Any, **kwargs: Any) -> A
         >>> rosa_func.call(model, state, x).shape
         torch.Size([3, 4])
     """
+    weights = _fitted(model, state)
+    refuse_wrong_checkpointing(model)
+    if torch.compiler.is_compiling():  # which has no second forward pass in Python
+        return functional_call(model, weights, args, kwargs)
+    with weights_for_backward(model, weights):
+        return functional_call(model, weights, args, kwargs)
+
+
+@contextmanager
+def bind(model: nn.Module, state: TensorDict) -> Iterator[nn.Module]:
+    """Let the model compute with the state inside a `with` block, by whatever method it has.
+
+    So `generate` works without a merge, and so does code that calls the model itself. Inside,
+    the model's parameters are the composed weights; on leaving, also by an exception, they are its
+    own again. Not for two threads at once on one model.
+
+    Args:
+        model: the model, or its `skeleton`.
+        state: a state of `init` or `resample`.
+
+    Yields:
+        The model.
+
+    Raises:
+        As `call` does.
+
+    Example:
+        >>> import rosa_func, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> state, x = rosa_func.init(model, 2), torch.ones(3, 6)
+        >>> with rosa_func.bind(model, state) as bound:
+        ...     y = bound(x)
+        >>> torch.equal(y, rosa_func.call(model, state, x))
+        True
+    """
+    weights = _fitted(model, state)
+    refuse_wrong_checkpointing(model)
+    with weights_for_backward(model, weights), Reparametrized(model, weights):
+        yield model
+
+
+def _fitted(model: nn.Module, state: TensorDict) -> dict[str, Tensor]:
+    """Return the composed weights, checked, with the buffers that a forward pass may write to."""
     weights = compose(state)
-    _check_fit(model, weights)
+    check_fit(model, weights)
     for prefix, module in model.named_modules():
         if module.training:
             for name, buffer in module.named_buffers(prefix, recurse=False):
                 weights[name] = weights.get(name, buffer).clone()
-    return functional_call(model, weights, args, kwargs)
+    return weights
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -123,7 +175,8 @@ def skeleton(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, stand_ins)
 
 
-def _check_fit(model: nn.Module, weights: dict[str, Tensor]) -> None:
+def check_fit(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Make sure that the weights have the names and shapes of the model's."""
     expected = targets.tensors(model)
     if missing := [name for name in expected if name not in weights]:
         raise KeyError(

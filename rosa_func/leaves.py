@@ -4,6 +4,17 @@ from tensordict import TensorDict
 from torch import Tensor
 
 
+def leaves(state: TensorDict) -> dict[str, Tensor]:
+    """Return the trainable leaves by name, as they are."""
+    found: dict[str, Tensor] = {}
+    for name, value in state["trainable"].items():
+        if isinstance(value, Tensor):
+            found[name] = value
+        else:
+            found.update({f"{name}.{factor}": value[factor] for factor in ("A", "B")})
+    return found
+
+
 def named_parameters(state: TensorDict) -> dict[str, Tensor]:
     """Return the trainable leaves by name, so that groups of them can have rates of their own.
 
@@ -21,15 +32,10 @@ def named_parameters(state: TensorDict) -> dict[str, Tensor]:
         >>> list(rosa_func.named_parameters(state))
         ['0.weight.A', '0.weight.B']
     """
-    leaves: dict[str, Tensor] = {}
-    for name, value in state["trainable"].items():
-        if isinstance(value, Tensor):
-            leaves[name] = value
-        else:
-            leaves.update({f"{name}.{factor}": value[factor] for factor in ("A", "B")})
-    for leaf in leaves.values():
+    named = leaves(state)
+    for leaf in named.values():
         leaf.requires_grad_(True)
-    return leaves
+    return named
 
 
 def parameters(state: TensorDict) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """The life of a state: init, resample, merge."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -84,25 +84,47 @@ def init(
         >>> torch.allclose(rosa_func.merge(state)["0.weight"], model[0].weight, atol=1e-6)
         True
     """
+    targeting.refuse_meta(model)
+    tensors = targeting.tensors(model)
+    return start(model, tensors.__getitem__, r, key, sampler, targets, train, exact)
+
+
+def start(
+    model: nn.Module,
+    read: Callable[[str], Tensor],
+    r: Rank,
+    key: int,
+    sampler: Sampler,
+    targets: Targets,
+    train: str | Iterable[str],
+    exact: bool | None,
+) -> TensorDict:
+    """Do what `init` does, with the tensors of the model as `read` gives them by name."""
     keys.check_key(key)
     if exact is not None and not isinstance(exact, bool):
         raise TypeError(f"exact is True, False or None, got {exact!r}")
     plan = targeting.plan(model, targets, train)
-    frozen = targeting.tensors(model)
+    shapes = {name: tensor.shape for name, tensor in targeting.tensors(model).items()}
     targeting.check_rank_patterns(r, plan.adapted)
     ranks = {
-        name: targeting.rank(r, name, _matrix_shape(name, frozen[name])) for name in plan.adapted
+        name: targeting.rank(r, name, _matrix_shape(name, shapes[name])) for name in plan.adapted
     }
 
     def work(name: str) -> _Split:
-        W = frozen[name]
+        W = read(name)
         site = Site(name, plan.adapted[name], keys.generator(key, "init", name))
         kept = arithmetic.compensation_dtype(W.dtype, exact)
-        return _draw(W.flatten(1), ranks[name], sampler, site, W.dtype, kept)
+        return _draw(W, ranks[name], sampler, site, W.dtype, kept)
 
     splits = dict(zip(plan.adapted, map_weights(work, plan.adapted), strict=True))
+    full = {name: read(name).clone() for name in plan.full}
+    # In the model's own order, the residuals in the place of the weights.
+    frozen = {
+        name: splits[name].R if name in splits else read(name)
+        for name in shapes
+        if name not in full
+    }
     input_dim = {name: torch.tensor(dim) for name, dim in plan.adapted.items()}
-    full = {name: frozen.pop(name).clone() for name in plan.full}
     return _assemble(frozen, splits, full, input_dim)
 
 
@@ -153,14 +175,14 @@ def resample(
         targeting.check_rank_patterns(r, adapted)
 
     def work(name: str) -> _Split:
-        R, A, B, c = _parts(state, name)
+        R, A, B, c = parts(state, name)
         rank = A.shape[1] if r is None else targeting.rank(r, name, (A.shape[0], B.shape[1]))
         site = Site(name, int(state["input_dim", name]), keys.generator(key, "resample", name))
-        W = arithmetic.join(R, A, B, c)
+        W = arithmetic.join(R, A, B, c).view(state["frozen", name].shape)
         return _draw(W, rank, sampler, site, R.dtype, None if c is None else c.dtype)
 
     splits = dict(zip(adapted, map_weights(work, adapted), strict=True))
-    frozen = dict(state["frozen"].items())
+    frozen = dict(state["frozen"].items()) | {name: split.R for name, split in splits.items()}
     full = {
         name: value.detach().clone()
         for name, value in state["trainable"].items()
@@ -196,7 +218,7 @@ def merge(state: TensorDict) -> dict[str, Tensor]:
     adapted = check(state)
 
     def work(name: str) -> Tensor:
-        R, A, B, c = _parts(state, name)
+        R, A, B, c = parts(state, name)
         return arithmetic.join(R, A, B, c).to(R.dtype).view(state["frozen", name].shape)
 
     weights = {name: tensor.detach() for name, tensor in state["frozen"].items()}
@@ -225,7 +247,7 @@ def check(state: TensorDict) -> list[str]:
                 raise KeyError(f"the state lacks the factor {factor} of {name}")
         if name not in state["frozen"].keys():
             raise KeyError(f"the state lacks the frozen residual of {name}")
-        R, A, B, _ = _parts(state, name)
+        R, A, B, _ = parts(state, name)
         if A.shape[1] != B.shape[0] or (A.shape[0], B.shape[1]) != R.shape:
             raise ValueError(
                 f"the factors of {name} have shapes {tuple(A.shape)} and {tuple(B.shape)}, "
@@ -234,7 +256,7 @@ def check(state: TensorDict) -> list[str]:
     return adapted
 
 
-def _parts(state: TensorDict, name: str) -> _Split:
+def parts(state: TensorDict, name: str) -> _Split:
     """Return what the state holds of an adapted weight, R and c as matrices."""
     R, factors = state["frozen", name], state["trainable", name]
     c = state["compensation"].get(name, None) if "compensation" in state.keys() else None
@@ -242,31 +264,31 @@ def _parts(state: TensorDict, name: str) -> _Split:
     return _Split(R.detach().flatten(1), factors["A"].detach(), factors["B"].detach(), c)
 
 
-def _matrix_shape(name: str, weight: Tensor) -> tuple[int, int]:
-    if weight.numel() == 0:
-        raise ValueError(f"{name} is empty, of shape {tuple(weight.shape)}: nothing to factor")
-    return weight.shape[0], weight.numel() // weight.shape[0]
+def _matrix_shape(name: str, shape: torch.Size) -> tuple[int, int]:
+    if shape.numel() == 0:
+        raise ValueError(f"{name} is empty, of shape {tuple(shape)}: nothing to factor")
+    return shape[0], shape.numel() // shape[0]
 
 
 def _draw(
     W: Tensor, r: int, sampler: Sampler, site: Site, dtype: torch.dtype, kept: torch.dtype | None
 ) -> _Split:
-    """Draw the factors of the matrix W and split it; refuse what no split can be made of."""
+    """Draw the factors of W and split it, in W's shape; refuse what no split can be made of."""
     if not _all_finite(W):
         raise ValueError(
             f"{site.name} has non-finite values: load other weights, or lower the learning rate"
         )
     try:
-        A, B = sampler(W.to(arithmetic.factor_dtype(dtype)), r, site)
+        A, B = sampler(W.flatten(1).to(arithmetic.factor_dtype(dtype)), r, site)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ValueError(f"the decomposition of {site.name} did not converge: {error}") from error
     A, B = A.contiguous(), B.contiguous()
-    R, c = arithmetic.split(W, A, B, dtype, kept)
+    R, c = arithmetic.split(W.flatten(1), A, B, dtype, kept)
     if dtype == torch.float16 and not _all_finite(R):
         raise ValueError(
             f"the residual of {site.name} is beyond float16's largest value, 65504; use bfloat16"
         )
-    return _Split(R, A, B, c)
+    return _Split(R.view(W.shape), A, B, None if c is None else c.view(W.shape))
 
 
 def _all_finite(W: Tensor) -> bool:
@@ -280,15 +302,9 @@ def _assemble(
     full: dict[str, Tensor],
     input_dim: dict[str, Tensor],
 ) -> TensorDict:
-    """Put a state together, with the residuals in the place of the weights."""
-    trainable: dict[str, Any] = {}
-    compensation = {}
-    for name, (R, A, B, c) in splits.items():
-        shape = frozen[name].shape
-        frozen[name] = R.view(shape)
-        trainable[name] = {"A": A, "B": B}
-        if c is not None:
-            compensation[name] = c.view(shape)
+    """Put a state together."""
+    trainable = {name: {"A": split.A, "B": split.B} for name, split in splits.items()}
+    compensation = {name: split.c for name, split in splits.items() if split.c is not None}
     state: dict[str, dict[str, Any]] = {
         "frozen": frozen,
         "trainable": trainable | full,

@@ -49,10 +49,16 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{prefix}.{name}" if prefix else name, buffer
 
 
+def aliases(model: nn.Module) -> dict[str, list[str]]:
+    """Return every name of each tensor of `tensors`."""
+    named = {name: parameter.names for name, parameter in _parameters(model).items()}
+    return named | {name: [name] for name, _ in persistent_buffers(model)}
+
+
 def plan(model: nn.Module, targets: Targets, train: str | Iterable[str]) -> Plan:
     """Resolve `targets` and `train` against the model, or say what is wrong with them."""
     parameters = _parameters(model)
-    _refuse_unusable(model, parameters)
+    _refuse_max_norm(model)
     backbone, head = _backbone_and_head(model, parameters)
     full = _full(parameters, train, head)
     if targets is None:
@@ -126,9 +132,13 @@ def _parameters(model: nn.Module) -> dict[str, Parameter]:
     return {name: found[id(value)] for name, value in model.named_parameters()}
 
 
-def _refuse_unusable(model: nn.Module, parameters: dict[str, Parameter]) -> None:
-    if meta := [name for name, p in parameters.items() if p.value.is_meta]:
+def refuse_meta(model: nn.Module) -> None:
+    """Refuse a model without weights."""
+    if meta := [name for name, p in model.named_parameters() if p.is_meta]:
         raise ValueError(f"{_some(meta)} is on the meta device: load the weights first")
+
+
+def _refuse_max_norm(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if getattr(module, "max_norm", None) is not None and isinstance(
             module, nn.Embedding | nn.EmbeddingBag
@@ -168,7 +178,7 @@ def _warn_of_frozen_head(model: nn.Module, head: list[str], used: set[str]) -> N
     warnings.warn(
         f"the task head ({_some(head)}) stays frozen at its values, which are random unless you "
         'loaded trained ones; pass train="head" to train it',
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

@@ -1,0 +1,170 @@
+"""From a checkpoint folder to a skeleton and a state, weight by weight."""
+
+import json
+import os
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from rosa_func import samplers
+from rosa_func import state as states
+from rosa_func import targets as targeting
+from rosa_func.compose import skeleton
+from rosa_func.samplers import Sampler
+from rosa_func.targets import Rank, Targets
+
+
+def init_from(
+    path: str | os.PathLike[str],
+    r: Rank,
+    *,
+    key: int = 0,
+    sampler: Sampler = samplers.random,
+    targets: Targets = None,
+    train: str | Iterable[str] = (),
+    exact: bool | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[nn.Module, TensorDict]:
+    """Do what `init` does, reading the weights of a transformers checkpoint one by one.
+
+        skeleton, state = init_from(path, r)    is    model = from_pretrained(path)
+                                                      skeleton(model), init(model, r)
+
+    without the model ever standing in memory beside the state. Needs transformers and safetensors.
+
+    Args:
+        path: a folder with `config.json`, which names the architecture, and `model.safetensors` or
+            the shards of `model.safetensors.index.json`.
+        r: as in `init`, as are `key`, `sampler`, `targets`, `train` and `exact`.
+        key: see `init`.
+        sampler: see `init`.
+        targets: see `init`.
+        train: see `init`.
+        exact: see `init`.
+        dtype: of the floating-point weights; None for that of the files.
+
+    Returns:
+        The weightless model, in eval mode, to be passed to `call`, and the state.
+
+    Raises:
+        FileNotFoundError: if the folder lacks one of the files.
+        KeyError: if the files lack a tensor of the model (named).
+        ValueError: if a shape differs from that of the config, or as `init`.
+        TypeError: as `init`.
+
+    Example:
+        >>> import rosa_func, tempfile, transformers
+        >>> sizes = {"n_layer": 1, "n_embd": 12, "n_head": 2, "vocab_size": 9}
+        >>> config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+        ...     model, state = rosa_func.init_from(folder, r=2)
+        >>> rosa_func.call(model, state, torch.tensor([[1, 2]])).logits.shape
+        torch.Size([1, 2, 9])
+    """
+    folder = Path(path)
+    with ExitStack() as stack:
+        files = _Files(folder, stack)
+        model = _weightless(folder, dtype or files.dtype())
+        expected = targeting.tensors(model)
+        stored = files.locate(model)
+
+        def read(name: str) -> Tensor:
+            tensor = files.read(stored[name])
+            if tensor.shape != expected[name].shape:
+                raise ValueError(
+                    f"{stored[name]} has shape {tuple(tensor.shape)} in {folder}, and by the "
+                    f"config of {type(model).__name__} {tuple(expected[name].shape)}"
+                )
+            return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+
+        return model, states.start(model, read, r, key, sampler, targets, train, exact)
+
+
+class _Files:
+    """The tensors of a checkpoint folder, by name, read when asked for."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        from safetensors import safe_open
+
+        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        if index.is_file():
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        elif single.is_file():
+            names = {single.name}
+        else:
+            raise FileNotFoundError(f"there is neither {single} nor {index.name}")
+        self._folder, self._file_of = folder, {}
+        for name in sorted(names):
+            # Mapped memory would stay resident, and be counted, as long as the file is open.
+            file = stack.enter_context(safe_open(folder / name, "pt", backend="pread"))
+            self._file_of.update(dict.fromkeys(file.keys(), file))
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._file_of[name].get_tensor(name)
+        return tensor
+
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the first floating-point tensor."""
+        kinds = (file.get_slice(name).get_dtype() for name, file in self._file_of.items())
+        return next((_DTYPES[kind] for kind in kinds if kind in _DTYPES), torch.float32)
+
+    def locate(self, model: nn.Module) -> dict[str, str]:
+        """Return under what name each tensor of the model is stored.
+
+        A tied one may be stored under any of its names, and all with or without the name of the
+        backbone, as transformers reads them too.
+        """
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        stored = {}
+        for name, aliases in targeting.aliases(model).items():
+            variants = [v for a in aliases for v in (a, a.removeprefix(prefix), prefix + a)]
+            found = [variant for variant in variants if variant in self._file_of]
+            if not found:
+                raise KeyError(
+                    f"the files in {self._folder} lack {name} of {type(model).__name__}: load "
+                    "the model with from_pretrained, which knows old and new names, and use init"
+                )
+            stored[name] = found[0]
+        return stored
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+def _weightless(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Build the model of the folder's config with its parameters on the meta device from birth."""
+    import transformers
+
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"there is no {folder / 'config.json'}")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model_class: Any = getattr(transformers, (config.architectures or ["(none)"])[0], None)
+    if model_class is None:
+        raise ValueError(
+            f"{folder / 'config.json'} names the architectures {config.architectures}, which "
+            "transformers has not: load the model by other means, and use init"
+        )
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
+        if parameter.is_meta:  # a tie: the very same one
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(on_meta)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return skeleton(model_class._from_config(config, dtype=dtype).eval())
+    finally:
+        hook.remove()

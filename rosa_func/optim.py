@@ -1,0 +1,252 @@
+"""Carry an optimizer over a resample, whose state has new leaves."""
+
+import operator
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from rosa_func import moments as carrying
+from rosa_func.leaves import leaves, named_parameters
+from rosa_func.moments import Slots
+
+_NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+_MOMENTS = ("reset", "project", "keep", "prune")
+
+
+def groups(
+    state: TensorDict,
+    *,
+    A: Mapping[str, Any] | None = _NO_OPTIONS,
+    B: Mapping[str, Any] | None = _NO_OPTIONS,
+    full: Mapping[str, Any] | None = _NO_OPTIONS,
+) -> list[dict[str, Any]]:
+    """Return parameter groups for any `torch.optim` optimizer, with options of their own.
+
+    As in LoRA+, where the two factors have rates of their own; mind that here W = R + A B in the
+    parameter's layout, so that the input side is B for `nn.Linear` (out x in) and A for `Conv1D`
+    and `nn.Embedding`. Weight decay on A and B decays *pretrained* content: set it to 0 there,
+    and where it is wanted give it to `full` alone.
+
+    Args:
+        state: a state of `init` or `resample`.
+        A: options of the group of the left factors, such as `{"lr": 1e-3}`; what is not given is
+            the optimizer's default. None leaves them out: they stay as drawn.
+        B: the same of the right factors.
+        full: the same of the tensors trained in full.
+
+    Returns:
+        A group for each of the three that has tensors, in this order.
+
+    Raises:
+        ValueError: if an option is `params`, or no tensor is left to train.
+
+    Source: Hayou, Ghosh and Yu 2024, "LoRA+".
+
+    Example:
+        >>> import rosa_func, torch
+        >>> state = rosa_func.init(torch.nn.Sequential(torch.nn.Linear(6, 4)), 2)
+        >>> groups = rosa_func.optim.groups(state, A={"lr": 1e-2})
+        >>> optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.0)
+        >>> [group["lr"] for group in optimizer.param_groups]
+        [0.01, 0.001]
+    """
+    chosen: dict[str, tuple[Mapping[str, Any] | None, list[Tensor]]] = {
+        "A": (A, []),
+        "B": (B, []),
+        "full": (full, []),
+    }
+    in_full = {name for name, value in state["trainable"].items() if isinstance(value, Tensor)}
+    for name, leaf in named_parameters(state).items():
+        chosen["full" if name in in_full else name[-1]][1].append(leaf)
+    result = []
+    for which, (options, tensors) in chosen.items():
+        if options is None:
+            for leaf in tensors:
+                leaf.requires_grad_(False)
+        elif "params" in options:
+            raise ValueError(f"the options of {which} have 'params': groups chooses the tensors")
+        elif tensors:
+            result.append({"params": tensors, **options})
+    if not result:
+        raise ValueError("no tensor is left to train: give options, not None, for A, B or full")
+    return result
+
+
+def rebind(
+    optimizer: torch.optim.Optimizer,
+    old_state: TensorDict,
+    new_state: TensorDict,
+    *,
+    moments: str = "reset",
+    fraction: float | None = None,
+) -> torch.optim.Optimizer:
+    """Let an optimizer go on with the leaves of a new state; in place.
+
+    Its groups, their rates and options, and schedulers that hold it stay as they are. A factor
+    that was not in the optimizer is not put there. Tensors trained in full keep their moments,
+    and so does a pair A, B that is bit for bit what it was. For the others, `moments` says:
+
+    - "reset": start afresh, the step count included (else Adam's bias correction, no longer small
+      at a late step, makes the first step after a resample several times too large);
+    - "project": carry them into the new subspace. The old moments of A and B are those of G B^T
+      and A^T G, G being the gradient of W; the new ones are
+
+          M_A' = G B'^T,  M_B' = A'^T G,  where G is the least of all that minimise
+          |G B^T - M_A|^2 + |A^T G - M_B|^2
+
+      and for second moments, under gradients G_ij uncorrelated and of equal variance along a row
+      (for A) or along a column (for B),
+
+          v_A'[i, k] = |B'_k|^2 sum_l v_A[i, l] / |B|^2,
+          v_B'[k, j] = |A'_k|^2 sum_l v_B[l, j] / |A|^2,
+
+      but never less than the square of the new first moment;
+    - "keep": hand them on as they are (GaLore does so across its subspaces);
+    - "prune": hand them on with the smallest `fraction` of each set to zero (ReLoRA).
+
+    Args:
+        optimizer: any of `torch.optim` whose state is per parameter (all but LBFGS); "project"
+            knows SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad and Adafactor.
+        old_state: the state whose leaves the optimizer has.
+        new_state: what `resample(old_state, ...)` returned. Its leaves require a gradient
+            afterwards as the old ones did.
+        moments: "reset", "project", "keep" or "prune".
+        fraction: of the moments to prune, in [0, 1]; only with "prune", and needed there.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ValueError: for an unknown `moments`, a fraction out of place, an optimizer without leaves
+            of the old state, a rank that changed under "keep" or "prune", LBFGS, or an optimizer
+            that "project" does not know. Nothing is changed then.
+        KeyError: if the states have different names (named).
+
+    Source: Lialin et al. 2023, "ReLoRA" (pruning); Zhao et al. 2024, "GaLore" (keeping).
+
+    Example:
+        >>> import rosa_func, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> state = rosa_func.init(model, 2)
+        >>> optimizer = torch.optim.AdamW(rosa_func.parameters(state), 1e-3, weight_decay=0.0)
+        >>> new = rosa_func.resample(state, 1)
+        >>> optimizer = rosa_func.optim.rebind(optimizer, state, new)
+        >>> optimizer.param_groups[0]["params"][0] is new["trainable", "0.weight", "A"]
+        True
+    """
+    _check(optimizer, moments, fraction)
+    old, new = leaves(old_state), leaves(new_state)
+    if unmatched := set(old).symmetric_difference(new):
+        name = min(unmatched)
+        raise KeyError(f"{name} is in only one of the two states; was one resampled to the other?")
+    held = {id(leaf) for group in optimizer.param_groups for leaf in group["params"]}
+    if not any(id(leaf) in held for leaf in old.values()):
+        raise ValueError(
+            "the optimizer has no leaf of old_state: pass the state that its parameters came from, "
+            "before the resample"
+        )
+
+    slots: dict[str, Slots] = {}
+    for name in old_state["trainable"].keys():
+        own = [leaf for leaf in (name, f"{name}.A", f"{name}.B") if leaf in old]
+        before = {leaf: dict(optimizer.state.get(old[leaf], {})) for leaf in own}
+        if own == [name] or all(torch.equal(old[leaf], new[leaf]) for leaf in own):
+            slots |= before
+        elif moments == "reset":
+            slots |= {leaf: _fresh(optimizer, old[leaf], new[leaf]) for leaf in own}
+        elif moments == "project":
+            slots |= carrying.project(name, old, new, before)
+        else:
+            slots |= carrying.hand_on(old, new, before, fraction or 0.0)
+
+    replace(optimizer, [(old[name], new[name], slots[name]) for name in old])
+    return optimizer
+
+
+def replace(optimizer: torch.optim.Optimizer, swaps: list[tuple[Tensor, Tensor, Slots]]) -> None:
+    """Put new leaves in the place of old ones, with what the optimizer is to know of them."""
+    by_old = {id(old): (old, new, slots) for old, new, slots in swaps}
+    for group in optimizer.param_groups:
+        for place, parameter in enumerate(group["params"]):
+            if id(parameter) not in by_old:
+                continue
+            old, new, slots = by_old[id(parameter)]
+            group["params"][place] = new
+            optimizer.state.pop(old, None)
+            if slots:
+                optimizer.state[new] = slots
+    for old, new, _ in swaps:
+        new.requires_grad_(old.requires_grad)
+
+
+def rewarm(schedule: Callable[[int], float], every: int, steps: int) -> Callable[[int], float]:
+    """Return the schedule with a linear warm-up after each resample, for `LambdaLR`.
+
+        factor(t) = schedule(t) min(1, (t mod every + 1) / (steps + 1)),    for t >= every
+
+    The first cycle is left to the schedule's own warm-up.
+
+    Args:
+        schedule: from the step, counted from 0, to a factor of the rate.
+        every: steps between two resamples.
+        steps: of the warm-up; with 0 the schedule is what it was.
+
+    Returns:
+        A function from the step to a factor.
+
+    Raises:
+        ValueError: if `every` is not positive, or `steps` is not in [0, every).
+        TypeError: if they are not ints.
+
+    Source: Lialin et al. 2023, "ReLoRA", section 3 (the jagged schedule).
+
+    Example:
+        >>> import rosa_func
+        >>> factor = rosa_func.optim.rewarm(lambda step: 1.0, every=4, steps=1)
+        >>> [factor(step) for step in range(6)]
+        [1.0, 1.0, 1.0, 1.0, 0.5, 1.0]
+    """
+    every, steps = operator.index(every), operator.index(steps)
+    if every < 1:
+        raise ValueError(f"every is a positive number of steps, got {every}")
+    if not 0 <= steps < every:
+        raise ValueError(f"steps lies in [0, every) = [0, {every}), got {steps}")
+
+    def factor(step: int) -> float:
+        since = step % every
+        if step < every or since >= steps:
+            return schedule(step)
+        return schedule(step) * ((since + 1) / (steps + 1))
+
+    return factor
+
+
+def _check(optimizer: torch.optim.Optimizer, moments: str, fraction: float | None) -> None:
+    if moments not in _MOMENTS:
+        raise ValueError(f"moments is one of {', '.join(_MOMENTS)}, got {moments!r}")
+    if (fraction is not None) != (moments == "prune"):
+        raise ValueError(
+            f"a fraction goes with moments='prune' and only there, got fraction={fraction!r} "
+            f"with moments={moments!r}"
+        )
+    if fraction is not None and not 0 <= fraction <= 1:
+        raise ValueError(f"the fraction to prune lies in [0, 1], got {fraction!r}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "LBFGS keeps one history of all parameters together, which no new subspace can take "
+            "over: make a new LBFGS of parameters(new_state)"
+        )
+
+
+def _fresh(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor) -> Slots:
+    """Return what a new optimizer would know: nothing, but of Adagrad, which starts with a sum."""
+    if not isinstance(optimizer, torch.optim.Adagrad) or old not in optimizer.state:
+        return {}
+    (group,) = (g for g in optimizer.param_groups if any(p is old for p in g["params"]))
+    initial = group["initial_accumulator_value"]
+    made = torch.optim.Adagrad([new], initial_accumulator_value=initial)
+    return dict(made.state[new])

@@ -1,0 +1,89 @@
+"""Nested values as JSON text and a flat dict of tensors, and back."""
+
+import json
+import math
+from collections import Counter, OrderedDict
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+# Of these types exactly, so that nothing comes back as less than it was.
+_SCALARS = (type(None), bool, int, str)
+_MAPPINGS = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
+
+
+def flatten(value: Any) -> tuple[str, dict[str, Tensor]]:
+    """Return the structure as JSON text and the tensors by their paths, each stored once.
+
+    Raises a TypeError that names the path of what is neither a tensor, a number, a string, None,
+    nor a list, tuple, mapping or TensorDict of these.
+    """
+    tensors: dict[str, Tensor] = {}
+    names: dict[Any, str] = {}
+
+    def encode(value: Any, path: str) -> Any:
+        if type(value) in _SCALARS:
+            return value
+        if type(value) is float:
+            return value if math.isfinite(value) else {"float": repr(value)}
+        if type(value) is list:
+            return [encode(item, f"{path}/{i}") for i, item in enumerate(value)]
+        if type(value) is tuple:
+            return {"tuple": [encode(item, f"{path}/{i}") for i, item in enumerate(value)]}
+        if isinstance(value, Tensor):
+            return {"tensor": store(value, path)}
+        if isinstance(value, TensorDictBase):
+            return {"TensorDict": pairs(value.items(), path), "batch": list(value.batch_size)}
+        for tag, mapping in _MAPPINGS.items():
+            if type(value) is mapping:
+                return {tag: pairs(value.items(), path)}
+        raise TypeError(
+            f"{path} is of type {type(value).__name__}, which cannot be saved: pass tensors, "
+            "numbers and strings, None, and lists, tuples, dicts or TensorDicts of them"
+        )
+
+    def pairs(items: Any, path: str) -> list[Any]:
+        return [
+            [encode(key, f"{path}/key"), encode(item, f"{path}/{key}".lstrip("/"))]
+            for key, item in items
+        ]
+
+    def store(tensor: Tensor, path: str) -> str:
+        if tensor.is_meta or tensor.layout != torch.strided:
+            raise TypeError(f"{path} is a tensor without values of its own (meta or sparse)")
+        # One entry for the same memory seen the same way: states often share frozen tensors.
+        memory = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+        key = (*memory, tensor.shape, tensor.stride(), tensor.dtype) if memory[0] else len(names)
+        if key not in names:
+            names[key] = path if path not in tensors else f"{path}#{len(tensors)}"
+            tensors[names[key]] = tensor.detach()
+        return names[key]
+
+    return json.dumps(encode(value, "")), tensors
+
+
+def unflatten(text: str, tensors: dict[str, Tensor]) -> Any:
+    """Return what `flatten` was given; a KeyError or ValueError if this is not its output."""
+
+    def decode(value: Any) -> Any:
+        if isinstance(value, list):
+            return [decode(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if "TensorDict" in value:
+            return TensorDict(mapping(value["TensorDict"]), batch_size=value["batch"])
+        ((tag, content),) = value.items()
+        if tag == "float":
+            return float(content)
+        if tag == "tuple":
+            return tuple(decode(item) for item in content)
+        if tag == "tensor":
+            return tensors[content]
+        return _MAPPINGS[tag](mapping(content))
+
+    def mapping(content: Any) -> dict[Any, Any]:
+        return {decode(key): decode(item) for key, item in content}
+
+    return decode(json.loads(text))

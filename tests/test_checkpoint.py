@@ -1,0 +1,299 @@
+"""Files: what comes back, what survives a kill, what is refused."""
+
+import copy
+import os
+import subprocess
+import sys
+from collections import Counter, OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import randn, seeded
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+import rosa_func
+from rosa_func import checkpoint, tree
+from rosa_func.leaves import leaves
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def make_state(r: int = 2, dtype: torch.dtype = torch.float32, **options: Any) -> TensorDict:
+    model = seeded(lambda: nn.Sequential(nn.Linear(7, 6), nn.BatchNorm1d(6), nn.Linear(6, 5)))
+    return rosa_func.init(model.to(dtype), r, train="*.bias", **options)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Compare values and types, nested; a NaN is a NaN, and -0.0 is -0.0."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        bits = [t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other)]
+        return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*bits)
+    if isinstance(one, TensorDict):
+        return one.batch_size == other.batch_size and same(dict(one.items()), dict(other.items()))
+    if isinstance(one, dict):
+        pairs = zip(one.items(), other.items(), strict=False)
+        return len(one) == len(other) and all(same(*pair) for pair in pairs)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, float):
+        return repr(one) == repr(other)
+    return one == other
+
+
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=True, allow_infinity=True)
+    | st.text(max_size=4)
+)
+tensors = st.builds(
+    lambda shape, dtype: randn(1, *shape)[0].mul(9).to(dtype),
+    st.lists(st.integers(0, 3), max_size=3),
+    st.sampled_from([*DTYPES, torch.int64, torch.bool, torch.uint8]),
+)
+keys = st.integers() | st.text(max_size=3) | st.booleans() | st.none() | st.tuples(st.integers())
+values = st.recursive(
+    scalars | tensors,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(keys, inner, max_size=3)
+        | st.dictionaries(keys, inner, max_size=2).map(OrderedDict)
+    ),
+    max_leaves=8,
+)
+
+
+class TestWhatComesBack:
+    @given(value=values)
+    def test_nested_values_come_back_as_they_were(self, value: Any):
+        text, flat = tree.flatten(value)
+        assert same(tree.unflatten(text, flat), value)
+
+    @given(value=values, dtype=st.sampled_from(DTYPES), exact=st.sampled_from([True, None]))
+    def test_a_file_holds_the_bits_of_the_state_and_of_the_extras(
+        self, tmp_path_factory: pytest.TempPathFactory, value: Any, dtype: Any, exact: bool | None
+    ):
+        path = tmp_path_factory.mktemp("checkpoint") / "run.safetensors"
+        state = make_state(dtype=dtype, exact=exact)
+        checkpoint.save(path, state, value=value)
+        loaded, extra = checkpoint.load(path)
+        assert same(loaded, state)
+        assert extra.keys() == {"value"}
+        assert same(extra["value"], value)
+
+    def test_optimizer_and_scheduler_dicts_can_be_loaded_again(self, tmp_path: Path):
+        state = make_state()
+        groups = rosa_func.optim.groups(state, A={"lr": 0.1, "betas": (0.8, 0.9)})
+        optimizer = torch.optim.Adam(groups, lr=1e-3)
+        schedulers = [
+            torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 3, 5]),
+            torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer),
+        ]
+        sum(leaf.square().sum() for leaf in leaves(state).values()).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        given = {
+            "optimizer": optimizer.state_dict(),
+            "schedulers": [scheduler.state_dict() for scheduler in schedulers],
+            "random": torch.Generator().manual_seed(3).get_state(),
+        }
+        assert type(given["schedulers"][0]["milestones"]) is Counter  # type: ignore[index]
+        expected = copy.deepcopy(given)
+        checkpoint.save(tmp_path / "run.safetensors", state, **given)
+        loaded, extra = checkpoint.load(tmp_path / "run.safetensors")
+        assert same(extra, expected)
+        again = torch.optim.Adam(rosa_func.optim.groups(loaded))
+        again.load_state_dict(extra["optimizer"])
+        assert same(again.state_dict(), expected["optimizer"])
+
+    def test_a_loaded_state_trains_without_writing_to_its_file(self, tmp_path: Path):
+        path = tmp_path / "run.safetensors"
+        checkpoint.save(path, make_state())
+        before = path.read_bytes()
+        loaded, _ = checkpoint.load(path)
+        for leaf in leaves(loaded).values():
+            assert not leaf.requires_grad
+            leaf.add_(1.0)
+        assert path.read_bytes() == before
+        checkpoint.save(path, loaded)
+        assert same(checkpoint.load(path)[0], loaded)
+
+    def test_shared_and_strided_tensors(self, tmp_path: Path):
+        path, whole = tmp_path / "run.safetensors", torch.arange(6.0).view(2, 3)
+        extra = {"one": whole, "again": whole, "turned": whole.T, "row": whole[1], "1": 1, 1: 2}
+        checkpoint.save(path, make_state(), extra=extra)
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if name.startswith("extra/")]
+            assert sorted(names) == ["extra/one", "extra/row", "extra/turned"]
+        loaded = checkpoint.load(path)[1]["extra"]
+        assert same({k: v for k, v in loaded.items()}, extra)
+        assert loaded["one"] is loaded["again"]
+
+    def test_tensors_have_names_that_other_readers_understand(self, tmp_path: Path):
+        checkpoint.save(tmp_path / "run.safetensors", make_state())
+        with safe_open(tmp_path / "run.safetensors", "pt") as file:
+            assert "state/trainable/0.weight/A" in file.keys()
+
+
+KILLED = """
+import os, random, signal, sys, time
+import torch
+import rosa_func
+from rosa_func import checkpoint
+
+torch.set_num_threads(1)  # a forked process has none of its parent's threads
+path, kills = sys.argv[1], int(sys.argv[2])
+draw = random.Random(0)
+model = torch.nn.Sequential(torch.nn.Linear(40, 30))
+model.requires_grad_(False)
+state = rosa_func.init(model, 2)
+
+
+def save(number):
+    state["frozen", "0.bias"] = torch.full((30,), float(number))
+    checkpoint.save(path, state, number=number)
+
+
+save(0)
+seen, partial = [], 0
+for kill in range(kills):
+    child = os.fork()
+    if child == 0:
+        number = checkpoint.load(path)[1]["number"]
+        while True:
+            number += 1
+            save(number)
+    time.sleep(draw.uniform(0, 0.03))  # a save takes some 2 ms, a fork somewhat more
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    loaded, extra = checkpoint.load(path)
+    assert (loaded["frozen", "0.bias"] == extra["number"]).all(), extra
+    seen.append(extra["number"])
+    for name in os.listdir(os.path.dirname(path)):
+        if name.endswith(".partial"):
+            partial += 1
+            os.unlink(os.path.join(os.path.dirname(path), name))
+assert seen == sorted(seen)
+print(len(seen), seen[-1], partial)
+"""
+
+
+class TestKills:
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and kill -9")
+    def test_a_kill_leaves_the_old_file_or_the_new_one(self, tmp_path: Path):
+        command = [sys.executable, "-c", KILLED, str(tmp_path / "run.safetensors"), "250"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+        assert done.returncode == 0, done.stderr
+        kills, saves, partial = map(int, done.stdout.split())
+        # Some children were killed while writing, and some saved more than once.
+        assert kills == 250
+        assert saves > 50
+        assert partial > 10
+
+    def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        path = tmp_path / "run.safetensors"
+        checkpoint.save(path, make_state(), step=1)
+
+        def interrupted(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(checkpoint, "_sync", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(path, make_state(), step=2)
+        assert checkpoint.load(path)[1]["step"] == 1
+        assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "run.safetensors"
+    model = nn.Sequential(nn.Linear(3, 2))
+    checkpoint.save(path, rosa_func.init(model, 1), step=3)
+    return path
+
+
+class TestDamage:
+    def test_every_truncation_is_an_error(self, path: Path):
+        whole = path.read_bytes()
+        for length in range(len(whole)):
+            path.write_bytes(whole[:length])
+            with pytest.raises(ValueError, match=r"run\.safetensors"):
+                checkpoint.load(path)
+
+    def test_every_flipped_bit_is_an_error(self, path: Path):
+        whole = path.read_bytes()
+        for place in range(len(whole)):
+            for bit in range(8):
+                damaged = bytearray(whole)
+                damaged[place] ^= 1 << bit
+                path.write_bytes(damaged)
+                with pytest.raises(ValueError, match=r"run\.safetensors"):
+                    checkpoint.load(path)
+
+    def test_foreign_files(self, path: Path):
+        save_file({"x": torch.ones(2)}, path, {"format": "pt"})
+        with pytest.raises(ValueError, match=r"not written by rosa_func.*has \['format'\]"):
+            checkpoint.load(path)
+        torch.save({"x": torch.ones(2)}, path)  # a pickle, under this name
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
+            checkpoint.load(path)
+        path.write_bytes(b"")
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
+            checkpoint.load(path)
+        with pytest.raises(FileNotFoundError, match="there is no file"):
+            checkpoint.load(path.parent)
+
+    @pytest.mark.parametrize("change", ["version", "content", "missing tensor"])
+    def test_mislabelled_files(self, path: Path, change: str):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if change == "version":
+            metadata["rosa_func"] = "2"
+            message = "version '2' and this rosa_func reads version 1"
+        elif change == "content":
+            metadata["content"] = '{"dict": []}'
+            message = "does not hold what its metadata says"
+        else:
+            del tensors["state/trainable/0.weight/A"]
+            message = "does not hold what its metadata says: KeyError"
+        del metadata["sha256"]
+        metadata["sha256"] = checkpoint._digest(metadata, tensors)
+        save_file(tensors, path, metadata)
+        with pytest.raises(ValueError, match=message):
+            checkpoint.load(path)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("value", "message"),
+        [
+            ({"a": [1, {2}]}, "extra/a/1 is of type set"),
+            (torch.ones(2).numpy()[0], "extra is of type float32"),
+            (torch.ones(2, device="meta"), "extra is a tensor without values"),
+        ],
+    )
+    def test_what_cannot_be_saved_is_named_and_the_old_file_stays(
+        self, path: Path, value: Any, message: str
+    ):
+        before = path.read_bytes()
+        with pytest.raises(TypeError, match=message.replace("extra", "extra")):
+            checkpoint.save(path, make_state(), extra=value)
+        assert path.read_bytes() == before
+        assert list(path.parent.iterdir()) == [path]
+
+    def test_a_state_is_a_tensordict(self, path: Path):
+        with pytest.raises(TypeError, match="a state is a TensorDict, got dict"):
+            checkpoint.save(path, {})  # type: ignore[arg-type]

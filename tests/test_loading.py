@@ -1,0 +1,130 @@
+"""From a checkpoint folder: the state of `init`, without the model beside it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import global_state, gpt2, output, seeded, state_bytes, stock
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Model
+
+import rosa_func
+
+PEAK = """
+import sys, torch, rosa_func
+from transformers import AutoConfig, GPT2LMHeadModel
+
+
+def peak():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM"))
+
+
+torch.linalg.eigh(torch.eye(64))
+before = peak()
+model, state = rosa_func.init_from(sys.argv[1], r=8)
+held = sum(t.nbytes for t in state.values(True, True))
+print(peak() - before - held, held)
+"""
+
+
+class TestEquality:
+    @pytest.mark.parametrize("name", ["gpt2-small", "llama", "opt", "bert", "roberta", "t5"])
+    @pytest.mark.parametrize("shards", [False, True])
+    def test_the_state_is_that_of_init_and_the_skeleton_computes(
+        self, tmp_path: Path, name: str, shards: bool
+    ):
+        case = stock(name)
+        case.model.save_pretrained(tmp_path, max_shard_size="10KB" if shards else "1GB")
+        assert (tmp_path / "model.safetensors.index.json").exists() == shards
+        before = global_state()
+        model, state = rosa_func.init_from(tmp_path, 2, key=3)
+        assert global_state() == before
+        assert state_bytes(state) == state_bytes(rosa_func.init(case.model, 2, key=3))
+        assert type(model) is type(case.model)
+        assert all(p.is_meta for p in model.parameters())
+        assert not model.training
+        one, other = (
+            output(rosa_func.call(used, state, *case.args, **case.kwargs))
+            for used in (model, case.model)
+        )
+        assert torch.equal(one, other)
+
+    def test_options_and_dtypes(self, tmp_path: Path):
+        model = seeded(gpt2).to(torch.bfloat16)
+        model.save_pretrained(tmp_path)
+        options: dict[str, Any] = {"targets": ["wte", "c_attn"], "train": "ln_f", "exact": True}
+        options["sampler"] = rosa_func.samplers.top
+        _, state = rosa_func.init_from(tmp_path, 3, **options)
+        assert state_bytes(state) == state_bytes(rosa_func.init(model, 3, **options))
+        weightless, state = rosa_func.init_from(tmp_path, 3, dtype=torch.float32, **options)
+        expected = rosa_func.init(model.float(), 3, **options)
+        assert state_bytes(state) == state_bytes(expected)
+        assert {p.dtype for p in weightless.parameters()} == {torch.float32}
+
+    def test_a_backbone_stored_without_its_prefix_is_found(self, tmp_path: Path):
+        model = seeded(gpt2)
+        model.save_pretrained(tmp_path)
+        file = tmp_path / "model.safetensors"
+        tensors = {k.removeprefix("transformer."): t for k, t in load_file(file).items()}
+        save_file(tensors, file)
+        _, state = rosa_func.init_from(tmp_path, 2)
+        assert state_bytes(state) == state_bytes(rosa_func.init(model, 2))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_is_the_state_and_the_decompositions_in_work(tmp_path: Path):
+    sizes: Any = {"n_embd": 512, "n_head": 8, "n_layer": 12, "vocab_size": 30_000}
+    model = seeded(lambda: gpt2(**{"n_positions": 64, **sizes}, initializer_range=0.02))
+    model.save_pretrained(tmp_path)
+    command = [sys.executable, "-c", PEAK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    above, held = map(int, done.stdout.split())
+    assert held > 200e6
+    assert above <= 64 << 20
+
+
+class TestRefusals:
+    def test_what_is_missing_is_named(self, tmp_path: Path):
+        with pytest.raises(FileNotFoundError, match=r"neither .*model\.safetensors nor"):
+            rosa_func.init_from(tmp_path, 2)
+        model = seeded(gpt2)
+        model.save_pretrained(tmp_path)
+        file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+        tensors = load_file(file)
+        wrong = {**tensors, "transformer.ln_f.bias": torch.ones(3)}
+        save_file(wrong, file)
+        with pytest.raises(ValueError, match=r"ln_f.bias has shape \(3,\) .* GPT2LMHeadModel \(12"):
+            rosa_func.init_from(tmp_path, 2)
+        del tensors["transformer.ln_f.bias"]
+        save_file(tensors, file)
+        with pytest.raises(KeyError, match=r"lack transformer.ln_f.bias of GPT2LMHeadModel"):
+            rosa_func.init_from(tmp_path, 2)
+        settings = json.loads(config.read_text())
+        config.write_text(json.dumps({**settings, "architectures": ["Nonsense"]}))
+        with pytest.raises(ValueError, match=r"architectures \['Nonsense'\]"):
+            rosa_func.init_from(tmp_path, 2)
+        config.unlink()
+        with pytest.raises(FileNotFoundError, match=r"there is no .*config.json"):
+            rosa_func.init_from(tmp_path, 2)
+
+    def test_weights_that_transformers_renames_while_loading_are_left_to_it(self, tmp_path: Path):
+        stock("vit").model.save_pretrained(tmp_path)
+        with pytest.raises(KeyError, match="from_pretrained, which knows old and new names"):
+            rosa_func.init_from(tmp_path, 2)
+
+    def test_arguments_are_refused_as_by_init(self, tmp_path: Path):
+        seeded(gpt2).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="larger than min"):
+            rosa_func.init_from(tmp_path, 100)
+        with pytest.raises(ValueError, match="matches no parameter"):
+            rosa_func.init_from(tmp_path, 2, targets="c_atn")
+
+    def test_a_backbone_alone_is_loaded_as_its_own_class(self, tmp_path: Path):
+        seeded(lambda: GPT2Model(gpt2().config)).save_pretrained(tmp_path)
+        model, _ = rosa_func.init_from(tmp_path, 2)
+        assert type(model) is GPT2Model

@@ -1,0 +1,165 @@
+"""Gradient checkpointing: the plain gradients, or a refusal."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import gpt2, output, randn, seeded, stock, token_ids
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import rosa_func
+from rosa_func.leaves import leaves
+
+RIGHT = {"use_reentrant": False, "context_fn": rosa_func.recompute}
+
+
+def gradients(model: nn.Module, state: Any, ids: Tensor, bound: bool = False) -> dict[str, Tensor]:
+    """Return the gradients of all leaves; dropout draws from one seed."""
+    for leaf in rosa_func.parameters(state):
+        leaf.grad = None
+
+    def loss() -> Tensor:
+        if bound:
+            with rosa_func.bind(model, state):
+                return model(ids, use_cache=False).logits.square().mean()
+        return rosa_func.call(model, state, ids, use_cache=False).logits.square().mean()
+
+    seeded(lambda: loss().backward())
+    return {name: leaf.grad for name, leaf in leaves(state).items()}
+
+
+class TestGradients:
+    @pytest.mark.parametrize("bound", [False, True])
+    @pytest.mark.parametrize("dropout", [0.0, 0.5])
+    @pytest.mark.parametrize("weightless", [False, True])
+    def test_they_are_bit_for_bit_the_plain_ones(
+        self, dropout: float, weightless: bool, bound: bool
+    ):
+        model = seeded(lambda: gpt2(layers=3, dropout=dropout)).train()
+        state = rosa_func.init(model, 2, targets=["wte", "c_attn", "c_proj", "c_fc"], train="ln_f")
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        ids = token_ids(2, 8)
+        plain = gradients(model, state, ids, bound)
+        model.activation_checkpointing_enable(RIGHT)
+        used = rosa_func.skeleton(model) if weightless else model
+        again = gradients(used, state, ids, bound)
+        assert all(g is not None and g.any() for g in plain.values())
+        assert all(torch.equal(again[name], plain[name]) for name in plain)
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        assert all(p.is_meta for p in used.parameters()) or not weightless
+
+    def test_the_older_name_of_the_switch_works_too(self):
+        model = seeded(gpt2).train()
+        state, ids = rosa_func.init(model, 2), token_ids(2, 8)
+        plain = gradients(model, state, ids)
+        with pytest.warns(FutureWarning, match="deprecated"):
+            model.gradient_checkpointing_enable(RIGHT)
+        again = gradients(model, state, ids)
+        assert all(torch.equal(again[name], plain[name]) for name in plain)
+
+    @pytest.mark.parametrize("name", ["llama", "opt", "bert", "t5"])
+    def test_other_architectures(self, name: str):
+        case = stock(name)
+        model = case.model.train()
+        state = rosa_func.init(model, 2)
+
+        def run() -> dict[str, Tensor]:
+            for leaf in rosa_func.parameters(state):
+                leaf.grad = None
+            result = output(rosa_func.call(model, state, *case.args, **case.kwargs))
+            result.square().mean().backward()
+            return {name: leaf.grad for name, leaf in leaves(state).items()}
+
+        plain = run()
+        model.activation_checkpointing_enable(RIGHT)
+        again = run()
+        for leaf, gradient in plain.items():
+            if name == "t5":  # whose stock gradients change in the last bits as well
+                torch.testing.assert_close(again[leaf], gradient)
+            else:
+                assert torch.equal(again[leaf], gradient)
+
+    def test_a_model_that_checkpoints_by_itself_and_two_backward_passes(self):
+        class Checkpointed(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return checkpoint(self.inner, x, **RIGHT)
+
+        model = seeded(Checkpointed)
+        state = rosa_func.init(model, 2)
+        named, x = rosa_func.named_parameters(state), randn(3, 6)
+        loss = rosa_func.call(model, state, x).square().sum()
+        first = torch.autograd.grad(loss, list(named.values()), retain_graph=True)
+        second = torch.autograd.grad(loss, list(named.values()))
+        plain = rosa_func.call(model.inner, _inner(state), x).square().sum()
+        expected = torch.autograd.grad(plain, list(named.values()))
+        for one, two, three in zip(first, second, expected, strict=True):
+            assert torch.equal(one, two)
+            assert torch.equal(one, three)
+        # Without a state it is ordinary checkpointing.
+        model(x).sum().backward()
+        assert model.inner[0].weight.grad is not None
+
+    def test_less_memory_is_saved_for_the_backward_pass(self):
+        model = seeded(lambda: gpt2(layers=6)).train()
+        state, ids = rosa_func.init(model, 2), token_ids(4, 8)
+        rosa_func.parameters(state)
+        weights = {t.untyped_storage().data_ptr() for t in state["frozen"].values()}
+        weights |= {leaf.untyped_storage().data_ptr() for leaf in leaves(state).values()}
+
+        def saved() -> int:
+            sizes: dict[int, int] = {}
+
+            def pack(tensor: Tensor) -> Tensor:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in weights:
+                    sizes[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                rosa_func.call(model, state, ids, use_cache=False).logits.sum()
+            return sum(sizes.values())
+
+        plain = saved()
+        model.activation_checkpointing_enable(RIGHT)
+        assert saved() < plain / 3
+
+
+def _inner(state: Any) -> Any:
+    """Return the state of the submodule `inner`, with the same leaves."""
+    parts = {
+        part: {name.removeprefix("inner."): value for name, value in entries.items()}
+        for part, entries in state.items()
+    }
+    return type(state)({part: type(state)(entries) for part, entries in parts.items()})
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            None,
+            {"use_reentrant": True},
+            {"use_reentrant": False},
+            {"use_reentrant": True, "context_fn": rosa_func.recompute},
+        ],
+    )
+    def test_checkpointing_that_would_compute_with_other_weights(self, options: Any):
+        model = seeded(lambda: gpt2()).train()
+        state, ids = rosa_func.init(model, 2), token_ids(2, 8)
+        model.activation_checkpointing_enable(options)
+        for attempt in (
+            lambda: rosa_func.call(model, state, ids),
+            lambda: rosa_func.bind(model, state).__enter__(),
+        ):
+            with pytest.raises(ValueError, match=r"context_fn.: rosa_func\.recompute"):
+                attempt()
+        if options and options["use_reentrant"]:
+            return  # torch has its own warnings and errors for these without a gradient
+        with torch.no_grad():
+            rosa_func.call(model, state, ids, use_cache=False)
+        rosa_func.call(model.eval(), state, ids)
