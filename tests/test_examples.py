@@ -3,12 +3,16 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import seeded
+import torch
+from conftest import seeded, state_bytes
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from rosa_func import checkpoint
 
 FINETUNE = Path(__file__).parents[1] / "examples" / "finetune.py"
 
@@ -70,3 +74,52 @@ def test_finetune_says_what_a_data_folder_lacks(folder: Path):
     )
     assert done.returncode == 1
     assert "expected train, dev and test.jsonl" in done.stderr
+
+
+def test_a_killed_run_goes_on_with_the_same_bits(folder: Path):
+    """Killed mid-cycle and right after a resample; dropout, moments and the order go on too."""
+    options = ["--method", "rosa", "--rank", "2", "--resample-every", "4", "--save-every", "1"]
+    options += ["--rate", "0.01", "--steps", "12", "--moments", "project", "--batch", "3"]
+    whole, parts = folder / "whole", folder / "parts"
+    assert finetune(folder, *options, "--out", str(whole)).returncode == 0
+    name = "e2e-model-rosa-random-r2-s0"
+    command = [sys.executable, str(FINETUNE), "--model", str(folder / "model"), *options]
+    command += ["--data", str(folder), "--eval-every", "3", "--out", str(parts), "--resume"]
+    for kill_at in (2, 5):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
+            while not _steps(parts / f"{name}.jsonl") >= kill_at:
+                assert run.poll() is None, run.stdout and run.stdout.read()
+                time.sleep(0.002)
+            run.kill()
+    assert 5 <= _steps(parts / f"{name}.jsonl") < 12
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    one, other = (_records(out / f"{name}.jsonl") for out in (whole, parts))
+    assert one == other
+    (state, extra), (state2, extra2) = (
+        checkpoint.load(out / f"{name}.safetensors") for out in (whole, parts)
+    )
+    assert state_bytes(state) == state_bytes(state2)
+    assert str(extra["optimizer"]) == str(extra2["optimizer"])
+    assert torch.equal(extra["random"], extra2["random"])
+
+
+def _records(path: Path) -> list[dict[str, object]]:
+    """Return the lines without what time decides."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        record.pop("seconds", None)
+    return [record for record in records if record["event"] != "config"]
+
+
+def _steps(path: Path) -> int:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return sum('"event": "train"' in line for line in lines)
+
+
+def test_a_run_with_other_options_is_not_resumed(folder: Path):
+    options = ["--rank", "2", "--save-every", "6", "--out", str(folder / "other")]
+    assert finetune(folder, *options).returncode == 0
+    done = finetune(folder, *options, "--resume", "--rate", "0.5")
+    assert done.returncode == 1
+    assert "is of a run with rate=None: resume with the same options" in done.stderr
