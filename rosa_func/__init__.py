@@ -7,7 +7,7 @@
 >>> state = rosa_func.resample(state, key=1)
 """
 
-from rosa_func import checkpoint, optim, samplers
+from rosa_func import checkpoint, distributed, export, module, optim, samplers
 from rosa_func.compose import bind, call, compose, skeleton
 from rosa_func.count import Count, count
 from rosa_func.keys import fold_in
@@ -27,11 +27,14 @@ __all__ = [
     "checkpoint",
     "compose",
     "count",
+    "distributed",
+    "export",
     "fold_in",
     "init",
     "init_from",
     "merge",
     "method",
+    "module",
     "named_parameters",
     "optim",
     "parameters",

@@ -44,7 +44,8 @@ def delta(
 
     Raises:
         KeyError: if the model and the state have different names (named).
-        ValueError: if shapes differ, tol is negative or a rank is not positive.
+        ValueError: if shapes differ, tol is negative, a rank is not positive, or the model is a
+            skeleton.
 
     Source: Eckart and Young 1936.
 
@@ -61,6 +62,7 @@ def delta(
         raise ValueError(f"tol is a relative error of at least 0, got {tol!r}")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank is None or a positive int, got {rank!r}")
+    targets.refuse_meta(model)
     check_fit(model, compose(state))
     pretrained = targets.tensors(model)
     adapted = states.check(state)
@@ -114,6 +116,7 @@ def apply_delta(model: nn.Module, delta: TensorDict) -> dict[str, Tensor]:
     """
     if missing := {"change", "full"} - set(delta.keys()):
         raise KeyError(f"the delta has no entry {min(missing)!r}; it has {sorted(delta.keys())}")
+    targets.refuse_meta(model)
     weights = targets.tensors(model)
     changed = dict(delta["full"].items())
     for name, value in delta["change"].items():

@@ -274,14 +274,14 @@ def _some(names: list[str]) -> str:
 
 def _is_linear(parameter: Parameter, name: str) -> bool:
     owner = parameter.owner
-    return name.split(".")[-1] == "weight" and (isinstance(owner, nn.Linear) or _is_conv1d(owner))
+    return name.split(".")[-1] == "weight" and (isinstance(owner, nn.Linear) or is_conv1d(owner))
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """Tell a transformers Conv1D without importing transformers."""
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
 
 
 def _input_dim(owner: nn.Module) -> int:
-    return 0 if _is_conv1d(owner) else 1
+    return 0 if is_conv1d(owner) else 1

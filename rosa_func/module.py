@@ -1,0 +1,189 @@
+"""A thin `nn.Module` around (model, state), for Trainer, accelerate and DistributedDataParallel."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from rosa_func import distributed as sharded
+from rosa_func import optim, samplers
+from rosa_func.compose import bind, call, skeleton
+from rosa_func.leaves import leaves
+from rosa_func.samplers import Sampler
+from rosa_func.state import check
+
+Path = tuple[str, ...]
+
+
+class RosaModule(nn.Module):
+    """A module whose parameters are the trainable leaves of a state.
+
+        RosaModule(model, state)(*args, **kwargs) = call(model, state, *args, **kwargs)
+
+    Its `forward` has the signature of the model's (Trainer drops the columns that it does not
+    name), its `state_dict` is the whole state, and other attributes and methods (`config`,
+    `generate`) are the model's, computed with the state. The model is not kept: a `skeleton` is.
+    The trainable leaves are cloned, so neither the state nor the model is ever written to.
+
+    Args:
+        model: the model, or its `skeleton`.
+        state: a state of `init` or `resample`.
+
+    Raises:
+        KeyError, ValueError: at the first call, if the two do not fit.
+
+    Example:
+        >>> import rosa_func, torch
+        >>> from rosa_func.module import RosaModule
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> module = RosaModule(model, rosa_func.init(model, 2))
+        >>> optimizer = torch.optim.AdamW(module.parameters(), 1e-3, weight_decay=0.0)
+        >>> module(torch.ones(3, 6)).sum().backward()
+        >>> optimizer.step()
+        >>> module.resample(key=1, optimizer=optimizer)
+    """
+
+    def __init__(self, model: nn.Module, state: TensorDict) -> None:
+        """Take the leaves of the state as parameters, the rest of it as buffers."""
+        super().__init__()
+        check(state)
+        self._slots: dict[Path, tuple[dict[str, Any], str]] = {}
+        for path, value in _entries(state):
+            if path[0] == "trainable":
+                value = nn.Parameter(value.detach().clone())
+            self._register(path, value)
+        # Not a submodule: its parameters, on the meta device, are nobody's business.
+        self.__dict__["skeleton"] = skeleton(model)
+        self.train(model.training)
+        self.forward = MethodType(_forward_like(model), self)
+        # Every rank has the frozen part from its own resample: nothing for DDP to broadcast.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
+        self.register_load_state_dict_pre_hook(_into_new_memory)  # type: ignore[no-untyped-call]
+
+    @property
+    def state(self) -> TensorDict:
+        """The state: its trainable leaves are the parameters themselves."""
+        nested: dict[str, Any] = {}
+        for (*parents, last), (table, key) in self._slots.items():
+            node = nested
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[last] = table[key]
+        for part in ("frozen", "trainable", "input_dim"):
+            nested.setdefault(part, {})
+        return TensorDict(nested)
+
+    def resample(
+        self,
+        key: int,
+        *,
+        sampler: Sampler = samplers.random,
+        optimizer: torch.optim.Optimizer | None = None,
+        moments: str = "reset",
+        fraction: float | None = None,
+    ) -> None:
+        """Do `resample` in place: the same parameters get new values, so that hooks live on.
+
+        Where torch.distributed is initialised, every process must call this, with the same key;
+        each decomposes its share of the weights (see `distributed.resample`).
+
+        Args:
+            key: as in `resample`.
+            sampler: as in `resample`.
+            optimizer: what trains the parameters, if it is to be rebound; see `optim.rebind`.
+            moments: as in `optim.rebind`.
+            fraction: as in `optim.rebind`.
+        """
+        old = self.state
+        new = sharded.resample(old, key, sampler=sampler)
+        parameters, values = leaves(old), leaves(new)
+        if optimizer is not None:
+            optim.rebind(optimizer, old, new, moments=moments, fraction=fraction)
+            optim.replace(
+                optimizer,
+                [(values[name], parameters[name], optimizer.state.get(values[name], {}))
+                 for name in values],
+            )  # fmt: skip
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(values[name])
+        for path, value in _entries(new):
+            if path[0] != "trainable":
+                table, last = self._slots[path]
+                table[last] = value
+
+    def train(self, mode: bool = True) -> "RosaModule":
+        """Set the mode, of the skeleton too."""
+        super().train(mode)
+        self.__dict__["skeleton"].train(mode)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """Find what is not here in the model; its methods compute with the state."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "skeleton" not in self.__dict__:
+                raise
+        model = self.__dict__["skeleton"]
+        found = getattr(model, name)
+        if not isinstance(found, MethodType):
+            return found
+
+        @functools.wraps(found)
+        def with_state(*args: Any, **kwargs: Any) -> Any:
+            with bind(model, self.state):
+                return found(*args, **kwargs)
+
+        return with_state
+
+    def _register(self, path: Path, value: Tensor) -> None:
+        """Register a tensor under the model's own dotted name, in empty modules as branches."""
+        *parents, last = [part for name in path for part in name.split(".")]
+        branch: nn.Module = self
+        for parent in parents:
+            branch = branch._modules.setdefault(parent, nn.Module())  # type: ignore[assignment]
+        table: dict[str, Any] = branch._buffers
+        if isinstance(value, nn.Parameter):
+            table = branch._parameters
+        table[last] = value
+        self._slots[path] = (table, last)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RosaModule":
+        """Move what the state does not hold as well: the skeleton's non-persistent buffers."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for module in self.__dict__["skeleton"].modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = fn(buffer)
+        return self
+
+
+def _into_new_memory(module: nn.Module, *_: Any) -> None:
+    """Let a state dict be loaded into memory that neither the state nor the model shares."""
+    for branch in module.modules():
+        for name, buffer in branch._buffers.items():
+            branch._buffers[name] = None if buffer is None else torch.empty_like(buffer)
+
+
+def _entries(state: TensorDict) -> list[tuple[Path, Tensor]]:
+    """Return the tensors of a state by their paths, such as ("trainable", "0.weight", "A")."""
+    keys = state.keys(include_nested=True, leaves_only=True)
+    return [((key,) if isinstance(key, str) else key, state[key]) for key in keys]
+
+
+def _forward_like(model: nn.Module) -> Callable[..., Any]:
+    """Return a `forward` with the signature of the model's."""
+
+    def forward(self: RosaModule, *args: Any, **kwargs: Any) -> Any:
+        return call(self.__dict__["skeleton"], self.state, *args, **kwargs)
+
+    signature = inspect.signature(type(model).forward)
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    forward.__doc__ = type(model).forward.__doc__
+    return forward

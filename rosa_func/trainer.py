@@ -1,0 +1,80 @@
+"""Resampling as a callback of the transformers `Trainer`. Needs transformers."""
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from rosa_func import samplers
+from rosa_func.keys import fold_in
+from rosa_func.module import RosaModule
+from rosa_func.samplers import Sampler
+
+
+class ResampleCallback(TrainerCallback):
+    """Resample a `RosaModule` between optimizer steps, and rebind the Trainer's optimizer.
+
+    The key of a draw is `fold_in(key, step)`, so a run that is resumed draws as the uninterrupted
+    one. Pass `weight_decay=0` to the Trainer, whose default it is: decay on A and B decays
+    *pretrained* content.
+
+    Args:
+        every: optimizer steps between two resamples; None for one at each epoch's start.
+        key: any int.
+        sampler: as in `resample`.
+        moments: as in `optim.rebind`.
+        fraction: as in `optim.rebind`.
+
+    Raises:
+        ValueError: if `every` is not positive.
+        TypeError: when training starts with a model that is not a `RosaModule`.
+
+    Example:
+        >>> from rosa_func.trainer import ResampleCallback
+        >>> callback = ResampleCallback(every=500)  # of Trainer(..., callbacks=[callback])
+    """
+
+    def __init__(
+        self,
+        every: int | None = None,
+        *,
+        key: int = 0,
+        sampler: Sampler = samplers.random,
+        moments: str = "reset",
+        fraction: float | None = None,
+    ) -> None:
+        """Remember the options."""
+        if every is not None and every < 1:
+            raise ValueError(f"every is None or a positive number of steps, got {every!r}")
+        self.every, self.key, self.sampler = every, key, sampler
+        self.moments, self.fraction = moments, fraction
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse a model that cannot be resampled."""
+        _module_of(kwargs["model"])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Resample when the steps are full."""
+        step = state.global_step
+        if self.every is not None and step and step % self.every == 0:
+            self._resample(step, **kwargs)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Resample after each epoch but the last, before it is saved and so before a resume."""
+        if self.every is None and state.global_step < state.max_steps:
+            self._resample(state.global_step, **kwargs)
+
+    def _resample(self, step: int, *, model: Any, optimizer: Any, **_: Any) -> None:
+        _module_of(model).resample(
+            fold_in(self.key, step),
+            sampler=self.sampler,
+            optimizer=getattr(optimizer, "optimizer", optimizer),  # accelerate wraps it
+            moments=self.moments,
+            fraction=self.fraction,
+        )
+
+
+def _module_of(model: Any) -> RosaModule:
+    module = getattr(model, "module", model)  # Trainer may hand over the wrapper of DDP
+    if not isinstance(module, RosaModule):
+        raise TypeError(f"Trainer's model is to be a RosaModule, got {type(module).__name__}")
+    return module

@@ -1,0 +1,92 @@
+"""What each process of tests/test_distributed.py does, under torchrun."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from conftest import gpt2, seeded, token_ids
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import rosa_func
+from rosa_func import distributed, samplers
+from rosa_func.module import RosaModule
+from rosa_func.samplers import Site
+
+STEPS, RESAMPLE_AT, RATE = 20, 10, 0.05
+TARGETS = ["wte", "c_attn", "c_fc"]
+
+
+def loss_of(module: torch.nn.Module, ids: Tensor) -> Tensor:
+    logits = module(ids, use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def train(rank: int, size: int) -> dict[str, object]:
+    """Train on a share of each batch; return the first gradients and the weights after all."""
+    decomposed: list[str] = []
+
+    def counting(W: Tensor, r: int, site: Site) -> tuple[Tensor, Tensor]:
+        decomposed.append(site.name)
+        return samplers.random(W, r, site)
+
+    model = seeded(gpt2)
+    module = RosaModule(model, rosa_func.init(model, 2, targets=TARGETS, train="ln_f"))
+    wrapped = DistributedDataParallel(module) if size > 1 else module
+    optimizer = torch.optim.SGD(module.parameters(), RATE)
+    gradients: dict[str, Tensor] = {}
+    hashes = []
+    for step in range(STEPS):
+        if step == RESAMPLE_AT:
+            module.resample(step, sampler=counting, optimizer=optimizer)
+            hashes.append(distributed.check_equal(module.state))
+        ids = token_ids(4, 8, seed=step).tensor_split(size)[rank]
+        optimizer.zero_grad()
+        loss_of(wrapped, ids).backward()
+        if not gradients:
+            gradients = {n: p.grad.clone() for n, p in module.named_parameters()}  # type: ignore[union-attr]
+        optimizer.step()
+        hashes.append(distributed.check_equal(module.state))
+    weights = rosa_func.merge(module.state)
+    state = module.state.detach()
+    return {
+        "gradients": gradients,
+        "weights": weights,
+        "decomposed": decomposed,
+        "hashes": hashes,
+        "R": {name: state["frozen", name] for name in state["input_dim"].keys()},
+    }
+
+
+def failing(rank: int) -> str:
+    """Resample with a sampler that fails on the last process alone; return what is raised."""
+    state = rosa_func.init(torch.nn.Sequential(*[torch.nn.Linear(6, 6) for _ in range(4)]), 2)
+
+    def sampler(W: Tensor, r: int, site: Site) -> tuple[Tensor, Tensor]:
+        if rank == 1:
+            raise ValueError(f"no draw of {site.name}")
+        return samplers.random(W, r, site)
+
+    try:
+        distributed.resample(state, 1, sampler=sampler)
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def unequal(rank: int) -> str:
+    state = rosa_func.init(torch.nn.Sequential(torch.nn.Linear(6, 6)), 2, key=rank)
+    try:
+        distributed.check_equal(state)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    results = train(rank, size) | {"failing": failing(rank), "unequal": unequal(rank)}
+    torch.save(results, Path(sys.argv[1]) / f"{rank}.pt")
+    dist.destroy_process_group()

@@ -1,0 +1,79 @@
+"""Two processes and one: the same gradients, the same weights, half the decompositions each."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import ddp_worker
+import pytest
+import torch
+from conftest import state_bytes
+from torch import Tensor, nn
+
+import rosa_func
+from rosa_func import distributed
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ddp")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", ddp_worker.__file__, str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return ddp_worker.train(0, 1)
+
+
+def relative(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    assert one.keys() == other.keys()
+    difference = sum((one[name] - other[name]).double().square().sum() for name in one)
+    return float((difference / sum(t.double().square().sum() for t in other.values())).sqrt())
+
+
+class TestTwoProcesses:
+    def test_gradients_are_those_of_one_process(self, processes: Any, alone: dict[str, Any]):
+        for process in processes:
+            assert relative(process["gradients"], alone["gradients"]) < 1e-6
+
+    def test_weights_after_twenty_steps_and_a_resample_are_too(
+        self, processes: Any, alone: dict[str, Any]
+    ):
+        for process in processes:
+            assert relative(process["weights"], alone["weights"]) < 1e-5
+
+    def test_states_are_the_same_bits_in_both(self, processes: Any):
+        assert processes[0]["hashes"] == processes[1]["hashes"]
+        assert len(set(processes[0]["hashes"])) == ddp_worker.STEPS + 1
+
+    def test_each_weight_is_decomposed_by_one_of_them(self, processes: Any, alone: Any):
+        one, other = (process["decomposed"] for process in processes)
+        assert sorted(one + other) == sorted(alone["decomposed"])
+        assert abs(len(one) - len(other)) <= 1
+
+    def test_both_draw_what_one_alone_draws(self, processes: Any, alone: dict[str, Any]):
+        """The residuals differ by rounding alone, so the same indices were drawn."""
+        for process in processes:
+            assert relative(process["R"], alone["R"]) < 1e-4
+
+    def test_a_failure_in_one_is_raised_in_both(self, processes: Any):
+        assert processes[0]["failing"] == (
+            "RuntimeError: another process could not resample; this is rank 0"
+        )
+        assert processes[1]["failing"].startswith("ValueError: no draw of ")
+
+    def test_states_that_differ_are_noticed(self, processes: Any):
+        assert all("different states" in process["unequal"] for process in processes)
+
+
+def test_without_processes_it_is_resample():
+    state = rosa_func.init(nn.Sequential(nn.Linear(7, 6), nn.Linear(6, 5)), 2)
+    new = distributed.resample(state, 3)
+    assert state_bytes(new) == state_bytes(rosa_func.resample(state, 3))
+    assert distributed.check_equal(new) != distributed.check_equal(state)

@@ -1,0 +1,222 @@
+"""The thin module: its parameters, its signature, its memory, its place in a Trainer."""
+
+import copy
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import gpt2, randn, seeded, snapshot, state_bytes, stock, token_ids
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import rosa_func
+from rosa_func import samplers
+from rosa_func.leaves import leaves
+from rosa_func.module import RosaModule
+from rosa_func.trainer import ResampleCallback
+
+
+def make(**options: Any) -> tuple[nn.Module, RosaModule]:
+    model = seeded(gpt2)
+    options = {"targets": ["wte", "c_attn", "c_fc"], "train": "ln_f", **options}
+    return model, RosaModule(model, rosa_func.init(model, 2, **options))
+
+
+class TestModule:
+    @pytest.mark.parametrize("name", ["gpt2-small", "llama", "bert", "t5", "sequential"])
+    def test_it_computes_what_call_computes(self, name: str):
+        case = stock(name)
+        state = rosa_func.init(case.model, 2)
+        module = RosaModule(case.model, state)
+        one, other = (
+            result if isinstance(result, Tensor) else result[0]
+            for result in (
+                module(*case.args, **case.kwargs),
+                rosa_func.call(case.model, state, *case.args, **case.kwargs),
+            )
+        )
+        assert torch.equal(one, other)
+        assert inspect.signature(module.forward) == inspect.signature(case.model.forward)
+
+    def test_parameters_are_the_leaves_and_nothing_else(self):
+        _, module = make()
+        named = dict(module.named_parameters())
+        expected = {f"trainable.{name}": leaf for name, leaf in leaves(module.state).items()}
+        assert named.keys() == expected.keys()
+        assert all(named[name] is expected[name] for name in named)
+        assert all(p.requires_grad for p in module.parameters())
+
+    @pytest.mark.parametrize("sampler", [samplers.random, samplers.lora])
+    def test_neither_the_model_nor_the_state_is_written_to(self, sampler: Any):
+        model = seeded(gpt2)
+        state = rosa_func.init(model, 2, sampler=sampler, train="ln_f")
+        before, bits = snapshot(model), state_bytes(state)
+        module = RosaModule(model, state)
+        optimizer = torch.optim.Adam(module.parameters(), 0.1)
+        for step in range(3):
+            module.resample(step, sampler=sampler, optimizer=optimizer)
+            optimizer.zero_grad()
+            module(token_ids(2, 8)).logits.square().mean().backward()
+            optimizer.step()
+        module.load_state_dict({k: torch.zeros_like(v) for k, v in module.state_dict().items()})
+        module.to(torch.float64).to(torch.float32)
+        assert snapshot(model) == before
+        assert state_bytes(state) == bits
+
+    def test_the_state_dict_is_the_whole_state(self):
+        _, module = make(exact=True)
+        paths = module.state.keys(True, True)
+        assert set(module.state_dict()) == {".".join(path) for path in paths}
+        _, other = make(exact=True, key=7)
+        other.load_state_dict(module.state_dict())
+        assert state_bytes(other.state.detach()) == state_bytes(module.state.detach())
+        with pytest.raises(RuntimeError, match="Missing key"):
+            other.load_state_dict({})
+
+    @pytest.mark.parametrize("moments", ["reset", "keep", "project"])
+    def test_a_resample_is_that_of_the_functions_in_the_same_parameters(self, moments: str):
+        model, module = make()
+        state = rosa_func.init(model, 2, targets=["wte", "c_attn", "c_fc"], train="ln_f")
+        own = list(module.parameters())
+        one = torch.optim.Adam(module.parameters(), 0.01)
+        other = torch.optim.Adam(rosa_func.parameters(state), 0.01)
+        calls: list[int] = []
+        own[0].register_post_accumulate_grad_hook(lambda _: calls.append(1))
+        for step in range(6):
+            if step == 3:
+                module.resample(step, optimizer=one, moments=moments)
+                new = rosa_func.resample(state, step)
+                rosa_func.optim.rebind(other, state, new, moments=moments)
+                state = new
+            for optimizer, logits in (
+                (one, module(token_ids(2, 8, seed=step)).logits),
+                (other, rosa_func.call(model, state, token_ids(2, 8, seed=step)).logits),
+            ):
+                optimizer.zero_grad()
+                logits.square().mean().backward()
+                optimizer.step()
+        assert all(a is b for a, b in zip(own, module.parameters(), strict=True))
+        assert all(a is b for a, b in zip(own, one.param_groups[0]["params"], strict=True))
+        assert len(calls) == 6
+        assert state_bytes(module.state.detach()) == state_bytes(state.detach())
+
+    def test_modes_copies_and_methods_of_the_model(self):
+        model, module = make()
+        assert module.config is not None
+        assert not module.eval().skeleton.training
+        assert module.train().skeleton.training
+        ids, module = token_ids(1, 3), module.eval()
+        merged = rosa_func.export.to_module(model.eval(), module.state)
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False}
+        options["pad_token_id"] = 0
+        assert torch.equal(module.generate(ids, **options), merged.generate(ids, **options))
+        twin = copy.deepcopy(module)
+        with torch.no_grad():
+            next(twin.parameters()).add_(1.0)
+        assert not torch.equal(twin(ids).logits, module(ids).logits)
+        twin.load_state_dict(module.state_dict())
+        assert torch.equal(twin(ids).logits, module(ids).logits)
+        with pytest.raises(AttributeError, match="nonsense"):
+            module.nonsense  # noqa: B018
+
+    def test_moving_takes_the_buffers_that_no_state_holds_along(self):
+        case = stock("llama")
+        module = RosaModule(case.model, rosa_func.init(case.model, 2)).double()
+        assert {b.dtype for b in module.skeleton.buffers() if b.is_floating_point()} == {
+            torch.float64
+        }
+        assert module(*case.args, **case.kwargs).logits.dtype == torch.float64
+
+
+@pytest.mark.filterwarnings("ignore")  # of accelerate's own use of torch
+def test_accelerate_trains_it_as_a_plain_loop_does():
+    def train(accelerated: bool) -> dict[Any, Any]:
+        _, module = make()
+        optimizer: Any = torch.optim.AdamW(module.parameters(), 0.01, weight_decay=0.0)
+        backward: Any = Tensor.backward
+        prepared = module
+        if accelerated:
+            accelerator = Accelerator(cpu=True)
+            prepared, optimizer = accelerator.prepare(module, optimizer)
+            backward = accelerator.backward
+        for step in range(6):
+            if step == 3:
+                module.resample(step, optimizer=optimizer, moments="project")
+            optimizer.zero_grad()
+            backward(prepared(token_ids(2, 8, seed=step)).logits.square().mean())
+            optimizer.step()
+        return state_bytes(module.state.detach())
+
+    assert train(accelerated=True) == train(accelerated=False)
+
+
+class _Interrupt(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == 3
+
+
+@pytest.mark.filterwarnings("ignore")  # of Trainer's own use of torch
+class TestTrainer:
+    def run(
+        self, folder: Path, every: int | None, *callbacks: TrainerCallback, resume: bool = False
+    ) -> tuple[RosaModule, Trainer]:
+        _, module = make()
+        data = [{"input_ids": row, "labels": row} for row in token_ids(8, 8)]
+        arguments = TrainingArguments(
+            str(folder),
+            per_device_train_batch_size=4,
+            num_train_epochs=4,
+            learning_rate=0.01,
+            save_strategy="steps",
+            save_steps=1,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        resampling = ResampleCallback(every, moments="project")
+        trainer = Trainer(module, arguments, train_dataset=data, callbacks=[resampling, *callbacks])  # type: ignore[arg-type]
+        trainer.train(resume_from_checkpoint=resume)
+        return module, trainer
+
+    @pytest.mark.parametrize("every", [3, None])
+    def test_it_learns_resamples_and_resumes_with_the_same_bits(
+        self, tmp_path: Path, every: int | None
+    ):
+        draws: list[int] = []
+
+        class Counted(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                R = kwargs["model"].state["frozen", "transformer.wte.weight"]
+                draws.append(hash(R.numpy().tobytes()))
+
+        whole, trainer = self.run(tmp_path / "whole", every, Counted())
+        assert len(draws) == 8
+        # Every 3 of 8 steps, or each of 4 epochs of 2 steps.
+        starts = [step for step in range(1, 8) if draws[step] != draws[step - 1]]
+        assert starts == ([3, 6] if every else [2, 4, 6])
+        losses = [
+            entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry
+        ]
+        assert losses[0] > 0
+        self.run(tmp_path / "parts", every, _Interrupt())
+        parts, _ = self.run(tmp_path / "parts", every, resume=True)
+        assert state_bytes(parts.state.detach()) == state_bytes(whole.state.detach())
+
+    def test_refusals(self, tmp_path: Path):
+        with pytest.raises(ValueError, match="positive number of steps, got 0"):
+            ResampleCallback(0)
+        with pytest.raises(TypeError, match="is to be a RosaModule, got Linear"):
+            ResampleCallback(3).on_train_begin(None, None, None, model=nn.Linear(2, 2))
+
+
+def test_a_module_without_its_parts_says_so():
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 3)))
+    state = rosa_func.init(model, 2)
+    del state["frozen", "0.weight"]
+    with pytest.raises(KeyError, match=r"frozen residual of 0\.weight"):
+        RosaModule(model, state)
+    with pytest.raises(KeyError, match="was it made from this model"):
+        RosaModule(nn.Linear(4, 3), rosa_func.init(model, 2))(randn(2, 4))
