@@ -37,13 +37,13 @@ def _measure(name: str, s: Settings) -> dict[str, float]:
 def _train(name: str, model: dict[str, int], rank: int, size: list[int]) -> dict[str, float]:
     """Train three steps in this process; return its peak memory before and after them, in MB."""
     contender = CONTENDERS[name](gpt2(model), rank)
-    before = _peak()
+    before = peak_memory_of_this_process()
     for _ in range(3):
         train_step(contender, *tokens(gpt2_config(model), tuple(size)))
-    return {"peak before training": before, "peak": _peak()}
+    return {"peak before training": before, "peak": peak_memory_of_this_process()}
 
 
-def _peak() -> float:
+def peak_memory_of_this_process() -> float:
     """Return the peak resident memory of this process in MB."""
     status = Path("/proc/self/status")
     if status.exists():

@@ -11,10 +11,20 @@ from transformers import GPT2LMHeadModel
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_python_blocks_run(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(GPT2LMHeadModel, "from_pretrained", lambda name: seeded(lambda: gpt2(6)))
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of transformers, where weights are tied
+def test_the_python_blocks_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    seeded(lambda: gpt2(6, n_positions=32)).save_pretrained(tmp_path / "folder")
+    monkeypatch.setattr(
+        GPT2LMHeadModel, "from_pretrained", lambda name: seeded(lambda: gpt2(6, n_positions=32))
+    )
     ids = token_ids(2, 6)
-    names = {"model": seeded(lambda: gpt2(6)), "ids": ids, "batches": [ids] * 101}
+    names: dict[str, object] = {
+        "model": seeded(lambda: gpt2(6, n_positions=32)),
+        "ids": ids,
+        "batches": [ids] * 101,
+    }
+    names |= {"pretrained": seeded(lambda: gpt2(6, n_positions=32)), "folder": tmp_path / "folder"}
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) >= 5
     for block in blocks:
