@@ -60,7 +60,7 @@ class RosaModule(nn.Module):
         # Not a submodule: its parameters, on the meta device, are nobody's business.
         self.__dict__["skeleton"] = skeleton(model)
         self.train(model.training)
-        self.forward = MethodType(_forward_like(model), self)
+        self.__class__ = _class_for(type(model))  # type: ignore[arg-type]
         # Every rank has the frozen part from its own resample: nothing for DDP to broadcast.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self.register_load_state_dict_pre_hook(_into_new_memory)  # type: ignore[no-untyped-call]
@@ -177,13 +177,13 @@ def _entries(state: TensorDict) -> list[tuple[Path, Tensor]]:
     return [((key,) if isinstance(key, str) else key, state[key]) for key in keys]
 
 
-def _forward_like(model: nn.Module) -> Callable[..., Any]:
-    """Return a `forward` with the signature of the model's."""
+@functools.cache
+def _class_for(model_class: type[nn.Module]) -> type[RosaModule]:
+    """Return RosaModule with the signature of the model's `forward`, which Trainer reads there."""
 
     def forward(self: RosaModule, *args: Any, **kwargs: Any) -> Any:
         return call(self.__dict__["skeleton"], self.state, *args, **kwargs)
 
-    signature = inspect.signature(type(model).forward)
-    forward.__signature__ = signature  # type: ignore[attr-defined]
-    forward.__doc__ = type(model).forward.__doc__
-    return forward
+    forward.__signature__ = inspect.signature(model_class.forward)  # type: ignore[attr-defined]
+    forward.__doc__ = model_class.forward.__doc__
+    return type(f"Rosa{model_class.__name__}", (RosaModule,), {"forward": forward})
