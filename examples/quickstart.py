@@ -224,7 +224,11 @@ def cached_base(base: Base, cache: Path) -> Path:
         train_base(base, tokenizer, blocks).save_pretrained(content)
         tokenizer.save(str(content / "tokenizer.json"))
         (content / "settings.json").write_text(json.dumps(settings, indent=2))
-        content.rename(directory)
+        try:
+            content.rename(directory)
+        except OSError:  # another run was quicker
+            if not directory.exists():
+                raise
     return directory
 
 

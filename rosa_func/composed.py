@@ -6,14 +6,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
 
 
 class Composed(Tensor):
     """A residual R that stands for R + A B wherever it is used as a weight.
 
-    Made of plain differentiable operations on R, A and B, so that every transform of torch.func
-    goes through it.
+    Made of differentiable operations on R, A and B, plain ones wherever a transform of torch.func
+    or a compiler is at work.
     """
 
     R: Tensor
@@ -59,17 +60,53 @@ def _dense(value: Any) -> Any:
 def _apply(x: Tensor, R: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x R + bias + (x A) B, for x of any number of rows, R: m x n."""
     rows = x.reshape(-1, x.shape[-1])
-    base = rows @ R if bias is None else torch.addmm(bias, rows, R)
-    # In place saves a copy of base, which neither vmap nor autocast can do.
-    out = base.addmm_(rows @ A, B) if _is_plain(rows) else torch.addmm(base, rows @ A, B)
+    if _is_plain(rows) and not R.requires_grad:
+        out: Tensor = _InPlace.apply(rows, R, A, B, bias)  # type: ignore[no-untyped-call]
+    else:
+        out = torch.addmm(_base(rows, R, bias), rows @ A, B)
     return out.view(*x.shape[:-1], R.shape[-1])
 
 
+def _base(rows: Tensor, R: Tensor, bias: Tensor | None) -> Tensor:
+    return rows @ R if bias is None else torch.addmm(bias, rows, R)
+
+
+class _InPlace(torch.autograd.Function):
+    """The same product with each sum of two made in place, which saves passes over memory.
+
+    Neither a transform of torch.func nor autocast can go through it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, R: Tensor, A: Tensor, B: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        inner = rows @ A
+        ctx.save_for_backward(rows, R, A, B, inner)
+        return _base(rows, R, bias).addmm_(inner, B)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        rows, R, A, B, inner = ctx.saved_tensors
+        needs_rows, _, needs_A, needs_B, needs_bias = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # a second derivative goes through inner as well
+            inner = rows @ A
+        d_inner = d @ B.t()
+        return (
+            (d @ R.t()).addmm_(d_inner, A.t()) if needs_rows else None,
+            None,
+            (d_inner.t() @ rows).t() if needs_A else None,  # r first: BLAS is quicker so
+            inner.t() @ d if needs_B else None,
+            d.sum(0) if needs_bias else None,
+        )
+
+
 def _is_plain(x: Tensor) -> bool:
-    """Tell whether neither a compiler, a transform of torch.func nor autocast is at work."""
+    """Tell whether neither a compiler, a transform, forward derivatives nor autocast is at work."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
         or torch.is_autocast_enabled(x.device.type)
     )
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import dense, distance, gpt2, output, perturbed, seeded, token_ids
+from conftest import dense, distance, gpt2, output, perturbed, randn, seeded, token_ids
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
@@ -246,3 +246,24 @@ def test_a_functional_loop_takes_the_steps_of_a_torch_optimizer():
         rosa_func.parameters(state), rosa_func.parameters(by_optimizer), strict=True
     ):
         assert distance(one, other) <= TOLERANCE
+
+
+def test_second_derivatives_and_forward_mode_of_plain_autograd():
+    """Outside torch.func the product is a function of its own, with derivatives of its own."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))).double()
+    state, x = rosa_func.init(model, 2, train="0.bias"), randn(3, 4, dtype=torch.float64)
+    named = rosa_func.named_parameters(state)
+
+    def of(*values: Tensor) -> Tensor:
+        trainable = rebuilt(dict(zip(named, values, strict=True)))
+        return rosa_func.call(model, state.replace({"trainable": trainable}), x)
+
+    def rebuilt(values: dict[str, Tensor]) -> TensorDict:
+        factors = {
+            f"{i}.weight": {"A": values[f"{i}.weight.A"], "B": values[f"{i}.weight.B"]}
+            for i in (0, 2)
+        }
+        return TensorDict(factors | {"0.bias": values["0.bias"]})
+
+    assert torch.autograd.gradcheck(of, tuple(named.values()), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(of, tuple(named.values()))
