@@ -60,6 +60,7 @@ COMPARISONS: tuple[tuple[str, str, str, dict[int, Target]], ...] = (  # targets 
     ("forward+backward", "full", "rosa", {16: ("at least", 1.40)}),
     ("forward+backward", "rosa", "frozen", {16: ("at most", 1.08)}),
 )
+PARTS = ("memory", "speed", "resample", "inference", "growth")
 E2E_STEPS = -(-42_061 // 8)  # an epoch: its references, 8 a step
 
 
@@ -271,30 +272,33 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="a directory")
     parser.add_argument("--rounds", type=positive, help=f"default {FULL.rounds}")
     parser.add_argument("--batch", type=batch, nargs="+", help="default 4x128 2x512")
+    parser.add_argument("--rank", type=positive, nargs="+", help="default 16 64 256")
+    parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS, help="default all")
     parser.add_argument("--short", action="store_true", help="a tiny model and few rounds")
     args = parser.parse_args()
     s = TINY if args.short else FULL
     s = s._replace(rounds=args.rounds or s.rounds, batches=tuple(args.batch or s.batches))
+    s = s._replace(ranks=tuple(args.rank or s.ranks))
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "benchmark.json"
     judged = not s.short and set(s.batches) <= set(FULL.batches)
     report: dict[str, Any] = {"environment": environment(), "config": s._asdict() | training(s)}
     report |= {"rows": [], "raw": {}}
-    parts: list[Callable[[], Part]] = [
-        partial(peak_memory, s),
-        *(partial(speed, s, rank) for rank in s.ranks),
-        partial(resample, s),
-        partial(inference, s),
-        partial(growth_and_plot, s, args.out),
-    ]
+    works: dict[str, list[Callable[[], Part]]] = {
+        "memory": [partial(peak_memory, s)],
+        "speed": [partial(speed, s, rank) for rank in s.ranks],
+        "resample": [partial(resample, s)],
+        "inference": [partial(inference, s)],
+        "growth": [partial(growth_and_plot, s, args.out)],
+    }
     if peft is None:
         print('peft is not installed, so nothing is compared with it: pip install "peft>=0.21"')
     if not judged:
         print("not judged: the targets are for GPT-2 small at the batches 4x128 and 2x512")
     print(f"{'figure':44} {'setting':18} {'medians':>22}  ratio: median [quartiles]        target")
     try:
-        for part in parts:
-            rows, raw = part()
+        for work in [work for part in works if part in args.parts for work in works[part]]:
+            rows, raw = work()
             report["rows"] += [row._asdict() for row in rows]
             report["raw"] |= raw
             save(report, path)
@@ -302,7 +306,9 @@ def main() -> None:
     except KeyboardInterrupt:
         print(f"interrupted; {path} has the parts that are printed above")
         raise SystemExit(130) from None
-    print(f"every single time: {path}\ngrowth with width and rank: {args.out / 'growth.png'}")
+    print(f"every single time: {path}")
+    if "growth" in args.parts:
+        print(f"growth with width and rank: {args.out / 'growth.png'}")
 
 
 if __name__ == "__main__":

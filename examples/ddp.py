@@ -60,6 +60,7 @@ def main() -> None:
     )
 
     module = RosaModule(model, rosa_func.init(model, budget.rank, targets=TARGETS))
+    distributed.check_equal(module.state)
     wrapped = DistributedDataParallel(module)
     optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.0)
     with progress(f"rank {rank}", task) as bar:

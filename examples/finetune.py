@@ -191,9 +191,10 @@ class Log:
     def __init__(self, path: Path, step: int) -> None:
         """Keep the lines up to that step, which a resumed run does not repeat."""
         self.path = path
-        lines = path.read_text().splitlines() if step else []
-        kept = [line for line in lines if "step" in (r := json.loads(line)) and r["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
+        whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+        kept = [line for line, r in whole if r["step"] <= step and r["event"] != "test"]
+        path.write_text("".join(kept))
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:

@@ -129,7 +129,11 @@ def schedule(task: Task, rate: float) -> Iterator[list[tuple[Tensor, float]]]:
 
 
 def train_epoch(
-    logits: Logits, optimizer: torch.optim.Optimizer, batches: list[tuple[Tensor, float]], bar: tqdm
+    logits: Logits,
+    optimizer: torch.optim.Optimizer,
+    batches: list[tuple[Tensor, float]],
+    bar: tqdm,
+    cycle: int = 0,
 ) -> None:
     """Take one step of the optimizer for each batch."""
     for ids, rate in batches:
@@ -139,7 +143,8 @@ def train_epoch(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        shown = {"loss": f"{loss.item():.3f}", "rate": f"{rate:.1e}", "cycle": cycle}
+        bar.set_postfix(shown, refresh=False)
         bar.update(ids.numel())
 
 
@@ -189,14 +194,15 @@ def adapt(
     def logits(ids: Tensor) -> Tensor:  # of `state` as it is when this is called
         return rosa_func.call(model, state, ids, use_cache=False).logits
 
-    curve, seconds = [(0, math.exp(mean_nll(logits, task.held_out)))], 0.0
+    curve, seconds, cycle = [(0, math.exp(mean_nll(logits, task.held_out)))], 0.0, 0
     with progress(name, task) as bar:
         for epoch, batches in enumerate(schedule(task, rate)):
             start = time.perf_counter()
             if name == "rosa" and epoch > 0:  # init has drawn the first subspaces
-                state = rosa_func.resample(state, key=epoch)
-                optimizer = torch.optim.AdamW(rosa_func.parameters(state), weight_decay=0.0)
-            train_epoch(logits, optimizer, batches, bar)
+                new = rosa_func.resample(state, key=epoch)
+                rosa_func.optim.rebind(optimizer, state, new)
+                state, cycle = new, epoch
+            train_epoch(logits, optimizer, batches, bar, cycle)
             seconds += time.perf_counter() - start
             curve.append((curve[-1][0] + len(batches), math.exp(mean_nll(logits, task.held_out))))
     return Result(rosa_func.count(state).trainable, seconds / curve[-1][0], curve), state

@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import math
 from pathlib import Path
+from typing import Any
 
 from quickstart import (
     BATCH,
@@ -26,7 +27,7 @@ from quickstart import (
 )
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import GPT2LMHeadModel, ProgressCallback, Trainer, TrainingArguments
 
 import rosa_func
 from rosa_func.module import RosaModule
@@ -36,6 +37,26 @@ from rosa_func.trainer import ResampleCallback
 def rows(blocks: Tensor) -> list[dict[str, Tensor]]:
     """Return blocks of tokens as Trainer takes them; the model shifts the labels itself."""
     return [{"input_ids": block, "labels": block} for block in blocks]
+
+
+class Bar(ProgressCallback):
+    """Trainer's progress bar, with the loss, the rate, tokens a second and the cycle."""
+
+    def __init__(self, tokens_a_step: int, every: int) -> None:
+        """Remember what a step is made of."""
+        super().__init__()
+        self.tokens_a_step, self.every = tokens_a_step, every
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show what was logged beside the bar."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            steps_a_second = self.training_bar.format_dict["rate"] or 0.0
+            self.training_bar.set_postfix(
+                loss=f"{float(logs['loss']):.3f}",
+                rate=f"{float(logs['learning_rate']):.1e}",
+                tokens_s=f"{steps_a_second * self.tokens_a_step:.0f}",
+                cycle=(state.global_step - 1) // self.every,
+            )
 
 
 def main() -> None:
@@ -74,6 +95,9 @@ def main() -> None:
         eval_dataset=rows(spread(held_out, budget.held_out_blocks)),
         callbacks=[ResampleCallback(args.every)],
     )
+    trainer.remove_callback(ProgressCallback)
+    every = args.every or math.ceil(budget.train_blocks / BATCH)
+    trainer.add_callback(Bar(BATCH * base.block, every))
     trainer.train(resume_from_checkpoint=args.resume)
     loss = trainer.evaluate()["eval_loss"]
     merged = rosa_func.export.to_module(model, module.state)

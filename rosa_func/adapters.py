@@ -125,7 +125,7 @@ def from_peft(model: nn.Module, path: str | os.PathLike[str]) -> TensorDict:
         path: a folder with `adapter_config.json` and `adapter_model.safetensors`.
 
     Returns:
-        A state. The adapter's `modules_to_save` are trained in full.
+        A state. What else the file holds, as of `modules_to_save`, is trained in full.
 
     Raises:
         FileNotFoundError: if the folder lacks one of the files.
@@ -168,19 +168,22 @@ def from_peft(model: nn.Module, path: str | os.PathLike[str]) -> TensorDict:
     for name, by_alias in products.items():
         _refuse_half_a_tie(by_alias, [alias for alias in first if first[alias] == name])
     factors = {name: next(iter(by_alias.values())) for name, by_alias in products.items()}
+    buffers = {name for name, _ in targeting.persistent_buffers(model)}
     whole = {name: value for name, value in whole.items() if name not in factors}
     state = states.init(
         model,
         {name: A.shape[1] for name, (A, _) in factors.items()},
         sampler=samplers.lora,
         targets=lambda name, _: name in factors,
-        train=list(whole),
+        train=[name for name in whole if name not in buffers],
     )
     for name, pair in factors.items():
         for factor, value in zip("AB", pair, strict=True):
-            state["trainable", name, factor] = value.to(state["trainable", name, factor])
+            like = state["trainable", name, factor]
+            state["trainable", name, factor] = value.to(like).contiguous()
     for name, value in whole.items():
-        state["trainable", name] = value.to(state["trainable", name], copy=True)
+        part = "frozen" if name in buffers else "trainable"
+        state[part, name] = value.to(state[part, name], copy=True)
     return state
 
 
@@ -192,7 +195,7 @@ def _as_lora(module: nn.Module, alias: str, A: Tensor, B: Tensor) -> dict[str, T
         return {f"{base}.lora_embedding_A": A.T, f"{base}.lora_embedding_B": B.T}
     if last == "weight" and targeting.is_conv1d(module):
         return {f"{base}.lora_A.weight": A.T, f"{base}.lora_B.weight": B.T}
-    if last == "weight" and isinstance(module, nn.Linear):
+    if last == "weight" and type(module) is nn.Linear:  # peft ignores adapters of its subclasses
         return {f"{base}.lora_A.weight": B, f"{base}.lora_B.weight": A}
     raise ValueError(
         f"{alias} belongs to {type(module).__name__}: an adapter is of nn.Linear, Conv1D and "
@@ -207,7 +210,11 @@ def _from_lora(module: nn.Module, lora_A: Tensor, lora_B: Tensor, scale: float) 
     else:
         A, B = lora_B, lora_A
     root = math.sqrt(abs(scale))
-    return A * root, B * math.copysign(root, scale)
+    A, B = A * root, B * math.copysign(root, scale)
+    if A.shape[1] <= min(len(A), B.shape[1]):
+        return A, B
+    U, S, Vh = torch.linalg.svd(A @ B, full_matrices=False)  # more columns than a rank can be
+    return U * S.sqrt(), S.sqrt()[:, None] * Vh
 
 
 def _whole_modules(
@@ -229,6 +236,12 @@ def _whole_modules(
                     "use export.to_module"
                 )
             found.append(module)
+    for name in found:
+        if more := [m for m in modules if m.endswith(name) and m not in found]:
+            raise ValueError(
+                f"{name} was trained in full, and peft, which matches the ends of names, would "
+                f"take {more[0]} for it too; use export.to_module"
+            )
     return list(dict.fromkeys(found))
 
 

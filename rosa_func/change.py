@@ -24,7 +24,10 @@ def delta(
 ) -> TensorDict:
     """Return the change of each weight as a product of the smallest rank.
 
-        W - W0 = A B + E,    |E| <= tol |W|  (Frobenius),    W = merge(state), W0 of the model
+        W - W0 = A B + E,    |E| <= tol |W|  (Frobenius),    W0 of the model
+
+    W is what `merge` returns, before it is rounded to 16 bits; the rounding of A and B to float32
+    comes on top of tol, and is in the `error` that is returned.
 
     A change after K cycles of rank r has rank 2 r K at most: a few MB to keep or send where the
     merged model has hundreds. A float32 residual is rounded at every resample, in all directions:
@@ -69,13 +72,11 @@ def delta(
 
     def work(name: str) -> _Change:
         W = arithmetic.join(*states.parts(state, name)).double()
-        return _factored(W, W - pretrained[name].flatten(1).double(), tol, rank)
+        W0 = pretrained[name].flatten(1).to(W)
+        return _factored(W, W - W0, tol, rank, arithmetic.factor_dtype(pretrained[name].dtype))
 
     changes = dict(zip(adapted, map_weights(work, adapted), strict=True))
-    factors = {}
-    for name, (A, B, _) in changes.items():
-        dtype = arithmetic.factor_dtype(pretrained[name].dtype)
-        factors[name] = {"A": A.to(dtype), "B": B.to(dtype)}
+    factors = {name: {"A": change.A, "B": change.B} for name, change in changes.items()}
     rest = states.merge(state)
     full = {
         name: rest[name].clone()
@@ -118,19 +119,21 @@ def apply_delta(model: nn.Module, delta: TensorDict) -> dict[str, Tensor]:
         raise KeyError(f"the delta has no entry {min(missing)!r}; it has {sorted(delta.keys())}")
     targets.refuse_meta(model)
     weights = targets.tensors(model)
-    changed = dict(delta["full"].items())
+    changed = {
+        name: tensor.to(weights[name]) for name, tensor in delta["full"].items() if name in weights
+    }
     for name, value in delta["change"].items():
         A, B = value["A"], value["B"]
         _check_shape(model, weights, name, (A.shape[0], B.shape[1]), matrix=True)
         W = weights[name]
-        wide = torch.addmm(W.flatten(1).to(A.dtype), A, B)
+        wide = torch.addmm(W.flatten(1).to(A.dtype), A.to(W.device), B.to(W.device))
         changed[name] = wide.to(W.dtype).view(W.shape)
     for name, tensor in delta["full"].items():
         _check_shape(model, weights, name, tuple(tensor.shape), matrix=False)
     return weights | changed
 
 
-def _factored(W: Tensor, D: Tensor, tol: float, rank: int | None) -> _Change:
+def _factored(W: Tensor, D: Tensor, tol: float, rank: int | None, dtype: torch.dtype) -> _Change:
     """Return D = A B + E with as few columns in A as the tolerance allows, or `rank` of them."""
     tall = D if D.shape[0] <= D.shape[1] else D.T
     # Eigenvectors of the Gram matrix are singular vectors; what each of them carries is measured
@@ -149,9 +152,9 @@ def _factored(W: Tensor, D: Tensor, tol: float, rank: int | None) -> _Change:
     A, B = A * scale, B / scale[:, None]
     if tall is not D:
         A, B = B.T, A.T
-    norm = W.norm()
-    error = (D - A @ B).norm() / torch.where(norm > 0, norm, 1.0)
-    return _Change(A.contiguous(), B.contiguous(), error)
+    A, B, norm = A.to(dtype).contiguous(), B.to(dtype).contiguous(), W.norm()
+    error = (D - A.double() @ B.double()).norm() / torch.where(norm > 0, norm, 1.0)
+    return _Change(A, B, error)
 
 
 def _check_shape(

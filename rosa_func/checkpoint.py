@@ -92,18 +92,18 @@ def load(path: str | os.PathLike[str]) -> tuple[TensorDict, dict[str, Any]]:
         with safe_open(path, "pt", backend="pread") as file:  # memory of its own, not the file's
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
+    except (SafetensorError, ValueError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    if not metadata.keys() >= _KEYS:
-        raise ValueError(
-            f"{path} was not written by rosa_func.checkpoint.save: its metadata has "
-            f"{sorted(metadata)}, not {sorted(_KEYS)}"
-        )
-    version = metadata["rosa_func"]
+    version = metadata.get("rosa_func", str(_VERSION))
     if version != str(_VERSION):
         raise ValueError(
             f"{path} is of version {version!r} and this rosa_func reads version {_VERSION}: "
             "update rosa_func, or the file is damaged"
+        )
+    if not metadata.keys() >= _KEYS:
+        raise ValueError(
+            f"{path} was not written by rosa_func.checkpoint.save: its metadata has "
+            f"{sorted(metadata)}, not {sorted(_KEYS)}"
         )
     if metadata.pop("sha256") != _digest(metadata, tensors):
         raise ValueError(f"{path} is damaged: its contents do not have the checksum that it names")

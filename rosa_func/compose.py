@@ -128,7 +128,7 @@ def bind(model: nn.Module, state: TensorDict) -> Iterator[nn.Module]:
     """
     weights = _fitted(model, state)
     refuse_wrong_checkpointing(model)
-    with weights_for_backward(model, weights), Reparametrized(model, weights):
+    with weights_for_backward(model, weights), Reparametrized((model, weights)):
         yield model
 
 

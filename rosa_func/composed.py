@@ -60,7 +60,7 @@ def _dense(value: Any) -> Any:
 def _apply(x: Tensor, R: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x R + bias + (x A) B, for x of any number of rows, R: m x n."""
     rows = x.reshape(-1, x.shape[-1])
-    if _is_plain(rows) and not R.requires_grad:
+    if _is_plain(rows) and not R.requires_grad and (bias is None or bias.ndim == 1):
         out: Tensor = _InPlace.apply(rows, R, A, B, bias)  # type: ignore[no-untyped-call]
     else:
         out = torch.addmm(_base(rows, R, bias), rows @ A, B)
@@ -95,10 +95,15 @@ class _InPlace(torch.autograd.Function):
         return (
             (d @ R.t()).addmm_(d_inner, A.t()) if needs_rows else None,
             None,
-            (d_inner.t() @ rows).t() if needs_A else None,  # r first: BLAS is quicker so
+            _left_gradient(rows, d_inner) if needs_A else None,
             inner.t() @ d if needs_B else None,
             d.sum(0) if needs_bias else None,
         )
+
+
+def _left_gradient(rows: Tensor, d_inner: Tensor) -> Tensor:
+    """Return rows^T d_inner; a narrow one is quicker with r first, which autograd copies then."""
+    return (d_inner.t() @ rows).t() if d_inner.shape[1] <= 32 else rows.t() @ d_inner
 
 
 def _is_plain(x: Tensor) -> bool:

@@ -23,8 +23,8 @@ def resample(
     """Do `resample` in all processes of a group, each decomposing its share of the weights.
 
     Every weight draws from the key and its name, so nobody need say what was drawn; the process
-    that decomposed a weight sends its residual and factors to the others. The states are the same
-    bits everywhere, also on machines whose BLAS differ.
+    that decomposed a weight sends its residual and factors to the others. States that were the
+    same bits everywhere are so afterwards, also on machines whose BLAS differ.
 
     Args:
         state: the state, the same in every process.
@@ -37,8 +37,8 @@ def resample(
         A new state, as of `resample`.
 
     Raises:
-        RuntimeError: in every process, if any of them could not decompose its share.
-        As `resample` else.
+        As `resample`, in the process whose share it is; the others raise a RuntimeError then, so
+        that none waits for ever.
 
     Example:
         >>> import rosa_func, torch

@@ -36,7 +36,9 @@ def init_from(
         skeleton, state = init_from(path, r)    is    model = from_pretrained(path)
                                                       skeleton(model), init(model, r)
 
-    without the model ever standing in memory beside the state. Needs transformers and safetensors.
+    without the model ever standing in memory beside the state. Each tensor keeps the dtype of its
+    file unless `dtype` says otherwise, and a `generation_config.json` is not read. Needs
+    transformers and safetensors.
 
     Args:
         path: a folder with `config.json`, which names the architecture, and `model.safetensors` or

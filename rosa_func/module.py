@@ -30,6 +30,10 @@ class RosaModule(nn.Module):
     `generate`) are the model's, computed with the state. The model is not kept: a `skeleton` is.
     The trainable leaves are cloned, so neither the state nor the model is ever written to.
 
+    Under DDP each process makes the module of the same state: DDP sends the parameters of the first
+    to the others, but not the frozen part (see `distributed.check_equal`). Switch gradient
+    checkpointing on in the model (see `recompute`), not by Trainer's arguments.
+
     Args:
         model: the model, or its `skeleton`.
         state: a state of `init` or `resample`.
@@ -132,7 +136,10 @@ class RosaModule(nn.Module):
                 raise
         model = self.__dict__["skeleton"]
         found = getattr(model, name)
-        if not isinstance(found, MethodType):
+        if name == "device":
+            return next(iter(self.state["frozen"].values(True, True))).device
+        # What sets the model up need not see the state, and must work where `bind` refuses.
+        if not isinstance(found, MethodType) or "checkpointing" in name:
             return found
 
         @functools.wraps(found)
@@ -168,7 +175,7 @@ def _into_new_memory(module: nn.Module, *_: Any) -> None:
     """Let a state dict be loaded into memory that neither the state nor the model shares."""
     for branch in module.modules():
         for name, buffer in branch._buffers.items():
-            branch._buffers[name] = None if buffer is None else torch.empty_like(buffer)
+            branch._buffers[name] = None if buffer is None else buffer.clone()
 
 
 def _entries(state: TensorDict) -> list[tuple[Path, Tensor]]:

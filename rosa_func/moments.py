@@ -67,7 +67,9 @@ def project(name: str, old: Leaves, new: Leaves, before: dict[str, Slots]) -> di
         if "variance" in values:
             v = values.pop("variance")
             values["row_var"], values["col_var"] = v.mean(1, keepdim=True), v.mean(0, keepdim=True)
-        after[leaf] |= {slot: value.to(slots[slot].dtype) for slot, value in values.items()}
+        after[leaf] |= {
+            slot: value.to(slots[slot].dtype).contiguous() for slot, value in values.items()
+        }
     return after
 
 

@@ -106,11 +106,12 @@ def rebind(
 
       but never less than the square of the new first moment;
     - "keep": hand them on as they are (GaLore does so across its subspaces);
-    - "prune": hand them on with the smallest `fraction` of each set to zero (ReLoRA).
+    - "prune": hand them on with the smallest `fraction` of each set to zero (ReLoRA, which warms up
+      again then: where a second moment alone is zeroed, a step is large; see `rewarm`).
 
     Args:
         optimizer: any of `torch.optim` whose state is per parameter (all but LBFGS); "project"
-            knows SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad and Adafactor.
+            knows SGD, Adam, AdamW, NAdam, RAdam, Adagrad and Adafactor.
         old_state: the state whose leaves the optimizer has.
         new_state: what `resample(old_state, ...)` returned. Its leaves require a gradient
             afterwards as the old ones did.

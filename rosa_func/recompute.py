@@ -1,15 +1,16 @@
 """Gradient checkpointing: the second forward pass computes with the state as the first did."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
-_again: ContextVar[Callable[[], AbstractContextManager[object]]] = ContextVar(
-    "again", default=nullcontext
+# The models that compute with other weights where a segment is checkpointed, the innermost last.
+_bound: ContextVar[tuple[tuple[nn.Module, dict[str, Tensor]], ...]] = ContextVar(
+    "bound", default=()
 )
 
 
@@ -31,34 +32,35 @@ def recompute() -> tuple[AbstractContextManager[object], AbstractContextManager[
         >>> options = {"use_reentrant": False, "context_fn": rosa_func.recompute}
         >>> model.activation_checkpointing_enable(options)  # doctest: +SKIP
     """
-    return nullcontext(), _again.get()()
+    return nullcontext(), Reparametrized(*_bound.get())
 
 
 class Reparametrized(AbstractContextManager[None]):
-    """The model with other weights in it, as often as it is entered."""
+    """Models with other weights in them, as often as it is entered."""
 
-    def __init__(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
-        """Remember both."""
-        self._model, self._weights = model, weights
+    def __init__(self, *pairs: tuple[nn.Module, dict[str, Tensor]]) -> None:
+        """Remember the models and their weights."""
+        self._pairs = pairs
 
     def __enter__(self) -> None:
         """Put the weights in, as `functional_call` does."""
-        self._inner = _reparametrize_module(self._model, self._weights, tie_weights=True)
-        self._inner.__enter__()
+        self._stack = ExitStack()
+        for model, weights in self._pairs:
+            self._stack.enter_context(_reparametrize_module(model, weights, tie_weights=True))
 
     def __exit__(self, *raised: object) -> None:
-        """Put the model's own weights back."""
-        self._inner.__exit__(*raised)  # type: ignore[arg-type]
+        """Put the models' own weights back."""
+        self._stack.close()
 
 
 @contextmanager
 def weights_for_backward(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
     """Make the segments that are checkpointed inside compute with these weights again."""
-    token = _again.set(lambda: Reparametrized(model, weights))
+    token = _bound.set((*_bound.get(), (model, weights)))
     try:
         yield
     finally:
-        _again.reset(token)
+        _bound.reset(token)
 
 
 def refuse_wrong_checkpointing(model: nn.Module) -> None:

@@ -58,9 +58,9 @@ class ResampleCallback(TrainerCallback):
         if self.every is not None and step and step % self.every == 0:
             self._resample(step, **kwargs)
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Resample after each epoch but the last, before it is saved and so before a resume."""
-        if self.every is None and state.global_step < state.max_steps:
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Resample at each epoch but the first, and not where a run is resumed inside one."""
+        if self.every is None and state.global_step and state.epoch == int(state.epoch):
             self._resample(state.global_step, **kwargs)
 
     def _resample(self, step: int, *, model: Any, optimizer: Any, **_: Any) -> None:

@@ -57,7 +57,8 @@ def flatten(value: Any) -> tuple[str, dict[str, Tensor]]:
         memory = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
         key = (*memory, tensor.shape, tensor.stride(), tensor.dtype) if memory[0] else len(names)
         if key not in names:
-            names[key] = path if path not in tensors else f"{path}#{len(tensors)}"
+            taken = path in tensors or path == "__metadata__"  # the format's own key
+            names[key] = f"{path}#{len(tensors)}" if taken else path
             tensors[names[key]] = tensor.detach()
         return names[key]
 

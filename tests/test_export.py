@@ -153,6 +153,18 @@ class TestToPeft:
                 {"targets": "*linear1*", "train": "*in_proj_weight"},
                 "0.self_attn, which has modules in it",
             ),
+            (
+                lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8)),
+                {},
+                "out_proj.weight belongs to NonDynamicallyQuantizableLinear",
+            ),
+            (
+                lambda: nn.ModuleDict(
+                    {"a": nn.Linear(4, 4), "n": nn.LayerNorm(4), "an": nn.Tanh()}
+                ),
+                {"train": "n"},
+                "n was trained in full, .* would take an for it too",
+            ),
         ],
     )
     def test_what_no_adapter_can_hold_is_named(
@@ -193,6 +205,7 @@ class TestFromPeft:
         [
             ("gpt2-small", {"r": 2, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
             ("llama", {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "down_proj"]}),
+            ("llama", {"r": 40, "target_modules": ["k_proj"]}),  # more than min(m, n)
             ("llama", {"r": 4, "lora_alpha": 2, "use_rslora": True, "target_modules": ["q_proj"]}),
             (
                 "llama",

@@ -75,6 +75,13 @@ class TestModule:
         assert state_bytes(other.state.detach()) == state_bytes(module.state.detach())
         with pytest.raises(RuntimeError, match="Missing key"):
             other.load_state_dict({})
+        partial = {"trainable.transformer.ln_f.bias": torch.ones(12)}
+        other.load_state_dict(partial, strict=False)
+        before = state_bytes(module.state.detach())
+        changed = state_bytes(other.state.detach())
+        assert {path for path in before if before[path] != changed[path]} == {
+            ("trainable", "transformer.ln_f.bias")
+        }
 
     @pytest.mark.parametrize("moments", ["reset", "keep", "project"])
     def test_a_resample_is_that_of_the_functions_in_the_same_parameters(self, moments: str):
@@ -113,6 +120,16 @@ class TestModule:
         options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False}
         options["pad_token_id"] = 0
         assert torch.equal(module.generate(ids, **options), merged.generate(ids, **options))
+        assert module.device == torch.device("cpu")
+        module.train().activation_checkpointing_enable()
+        with pytest.raises(ValueError, match="context_fn"):
+            module(ids)
+        module.activation_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": rosa_func.recompute}
+        )
+        module(ids).logits.sum().backward()
+        module.activation_checkpointing_disable()
+        module = module.eval()
         twin = copy.deepcopy(module)
         with torch.no_grad():
             next(twin.parameters()).add_(1.0)
@@ -154,8 +171,11 @@ def test_accelerate_trains_it_as_a_plain_loop_does():
 
 
 class _Interrupt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = state.global_step == 3
+        control.should_training_stop = state.global_step == self.step
 
 
 @pytest.mark.filterwarnings("ignore")  # of Trainer's own use of torch
@@ -181,9 +201,10 @@ class TestTrainer:
         trainer.train(resume_from_checkpoint=resume)
         return module, trainer
 
-    @pytest.mark.parametrize("every", [3, None])
+    # Inside an epoch of 2 steps or a cycle of 3, and right before a resample.
+    @pytest.mark.parametrize(("every", "at"), [(3, 2), (3, 3), (None, 3), (None, 4)])
     def test_it_learns_resamples_and_resumes_with_the_same_bits(
-        self, tmp_path: Path, every: int | None
+        self, tmp_path: Path, every: int | None, at: int
     ):
         draws: list[int] = []
 
@@ -201,7 +222,7 @@ class TestTrainer:
         assert trainer.evaluate(trainer.train_dataset)["eval_loss"] < (
             untrained.evaluate()["eval_loss"] - 0.1
         )
-        self.run(tmp_path / "parts", every, _Interrupt())
+        self.run(tmp_path / "parts", every, _Interrupt(at))
         parts, _ = self.run(tmp_path / "parts", every, resume=True)
         assert state_bytes(parts.state.detach()) == state_bytes(whole.state.detach())
 

@@ -104,6 +104,21 @@ class TestGradients:
         model(x).sum().backward()
         assert model.inner[0].weight.grad is not None
 
+    def test_two_models_bound_at_once(self):
+        models = [seeded(gpt2, seed=seed).train() for seed in (0, 1)]
+        states = [rosa_func.init(model, 2, train="ln_1") for model in models]
+        ids = token_ids(2, 8)
+        plain = [gradients(*pair, ids) for pair in zip(models, states, strict=True)]
+        for model, state in zip(models, states, strict=True):
+            model.activation_checkpointing_enable(RIGHT)
+            for leaf in leaves(state).values():
+                leaf.grad = None
+        with rosa_func.bind(models[0], states[0]), rosa_func.bind(models[1], states[1]):
+            losses = [model(ids, use_cache=False).logits.square().mean() for model in models]
+        sum(losses).backward()
+        for state, expected in zip(states, plain, strict=True):
+            assert all(torch.equal(leaf.grad, expected[n]) for n, leaf in leaves(state).items())
+
     def test_less_memory_is_saved_for_the_backward_pass(self):
         model = seeded(lambda: gpt2(layers=6)).train()
         state, ids = rosa_func.init(model, 2), token_ids(4, 8)
