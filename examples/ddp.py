@@ -13,26 +13,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from quickstart import (
-    HELD_OUT,
     RATES,
     SHORT,
     TARGETS,
-    TRAINED_ON,
     Base,
     Budget,
-    Task,
+    base_and_task,
     cached_base,
-    code,
-    in_blocks,
     mean_nll,
     progress,
     schedule,
-    spread,
     total_nll,
 )
-from tokenizers import Tokenizer
 from torch.nn.parallel import DistributedDataParallel
-from transformers import GPT2LMHeadModel
 
 import rosa_func
 from rosa_func import distributed
@@ -51,13 +44,7 @@ def main() -> None:
     if rank == 0:
         cached_base(base, args.cache)
     dist.barrier()
-    directory = cached_base(base, args.cache)
-    model = GPT2LMHeadModel.from_pretrained(directory)
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    train, held_out = (in_blocks(code(of), tokenizer, base.block) for of in (TRAINED_ON, HELD_OUT))
-    task = Task(
-        spread(train, budget.train_blocks), spread(held_out, budget.held_out_blocks), budget.epochs
-    )
+    model, task = base_and_task(cached_base(base, args.cache), base, budget)
 
     module = RosaModule(model, rosa_func.init(model, budget.rank, targets=TARGETS))
     distributed.check_equal(module.state)

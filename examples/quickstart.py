@@ -261,6 +261,15 @@ def train_base(base: Base, tokenizer: Tokenizer, blocks: Tensor) -> GPT2LMHeadMo
     return model
 
 
+def base_and_task(directory: Path, base: Base, budget: Budget) -> tuple[GPT2LMHeadModel, Task]:
+    """Load the base model, and the source code that it is to be adapted to."""
+    model = GPT2LMHeadModel.from_pretrained(directory)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    train, held_out = (in_blocks(code(of), tokenizer, base.block) for of in (TRAINED_ON, HELD_OUT))
+    train, held_out = spread(train, budget.train_blocks), spread(held_out, budget.held_out_blocks)
+    return model, Task(train, held_out, budget.epochs)
+
+
 def table(results: dict[str, Result]) -> str:
     """Return the results as text."""
     before = next(iter(results.values())).curve[0][1]
@@ -311,12 +320,7 @@ def run(base: Base, budget: Budget, cache: Path, out: Path) -> None:
     """Train the base model, adapt it in three ways, and show what came of it."""
     out.mkdir(parents=True, exist_ok=True)
     directory = cached_base(base, cache)
-    model = GPT2LMHeadModel.from_pretrained(directory)
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    train, held_out = (in_blocks(code(of), tokenizer, base.block) for of in (TRAINED_ON, HELD_OUT))
-    task = Task(
-        spread(train, budget.train_blocks), spread(held_out, budget.held_out_blocks), budget.epochs
-    )
+    model, task = base_and_task(directory, base, budget)
     print(f"adaptation to code: {task.train.numel():,} tokens, {task.held_out.numel():,} held out")
     results = {"full": fine_tune_all(copy.deepcopy(model), "full", task, RATES["full"])}
     for name in ("lora", "rosa"):

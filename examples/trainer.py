@@ -11,23 +11,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from quickstart import (
-    BATCH,
-    HELD_OUT,
-    RATES,
-    SHORT,
-    TARGETS,
-    TRAINED_ON,
-    Base,
-    Budget,
-    cached_base,
-    code,
-    in_blocks,
-    spread,
-)
-from tokenizers import Tokenizer
+from quickstart import BATCH, RATES, SHORT, TARGETS, Base, Budget, base_and_task, cached_base
 from torch import Tensor
-from transformers import GPT2LMHeadModel, ProgressCallback, Trainer, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainingArguments
 
 import rosa_func
 from rosa_func.module import RosaModule
@@ -69,10 +55,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default="runs/trainer")
     args = parser.parse_args()
     base, budget = SHORT if args.short else (Base(), Budget())
-    directory = cached_base(base, args.cache)
-    model = GPT2LMHeadModel.from_pretrained(directory)
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    train, held_out = (in_blocks(code(of), tokenizer, base.block) for of in (TRAINED_ON, HELD_OUT))
+    model, task = base_and_task(cached_base(base, args.cache), base, budget)
 
     state = rosa_func.init(model, budget.rank, targets=TARGETS)
     module = RosaModule(model, state)
@@ -91,12 +74,12 @@ def main() -> None:
     trainer = Trainer(
         module,
         arguments,
-        train_dataset=rows(spread(train, budget.train_blocks)),
-        eval_dataset=rows(spread(held_out, budget.held_out_blocks)),
+        train_dataset=rows(task.train),
+        eval_dataset=rows(task.held_out),
         callbacks=[ResampleCallback(args.every)],
     )
     trainer.remove_callback(ProgressCallback)
-    every = args.every or math.ceil(budget.train_blocks / BATCH)
+    every = args.every or math.ceil(len(task.train) / BATCH)
     trainer.add_callback(Bar(BATCH * base.block, every))
     trainer.train(resume_from_checkpoint=args.resume)
     loss = trainer.evaluate()["eval_loss"]

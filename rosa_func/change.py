@@ -119,9 +119,7 @@ def apply_delta(model: nn.Module, delta: TensorDict) -> dict[str, Tensor]:
         raise KeyError(f"the delta has no entry {min(missing)!r}; it has {sorted(delta.keys())}")
     targets.refuse_meta(model)
     weights = targets.tensors(model)
-    changed = {
-        name: tensor.to(weights[name]) for name, tensor in delta["full"].items() if name in weights
-    }
+    changed = {}
     for name, value in delta["change"].items():
         A, B = value["A"], value["B"]
         _check_shape(model, weights, name, (A.shape[0], B.shape[1]), matrix=True)
@@ -130,6 +128,7 @@ def apply_delta(model: nn.Module, delta: TensorDict) -> dict[str, Tensor]:
         changed[name] = wide.to(W.dtype).view(W.shape)
     for name, tensor in delta["full"].items():
         _check_shape(model, weights, name, tuple(tensor.shape), matrix=False)
+        changed[name] = tensor.to(weights[name])
     return weights | changed
 
 

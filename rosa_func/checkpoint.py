@@ -1,12 +1,9 @@
 """Save and load a state with whatever belongs to a run, in one safetensors file."""
 
-import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
@@ -56,7 +53,7 @@ def save(path: str | os.PathLike[str], state: TensorDict, **extra: Any) -> None:
     structure, tensors = tree.flatten({"state": state, **extra})
     tensors = _apart(tensors)
     metadata = {"rosa_func": str(_VERSION), "content": structure}
-    metadata["sha256"] = _digest(metadata, tensors)
+    metadata["sha256"] = tree.digest(metadata, tensors)
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -105,7 +102,7 @@ def load(path: str | os.PathLike[str]) -> tuple[TensorDict, dict[str, Any]]:
             f"{path} was not written by rosa_func.checkpoint.save: its metadata has "
             f"{sorted(metadata)}, not {sorted(_KEYS)}"
         )
-    if metadata.pop("sha256") != _digest(metadata, tensors):
+    if metadata.pop("sha256") != tree.digest(metadata, tensors):
         raise ValueError(f"{path} is damaged: its contents do not have the checksum that it names")
     try:
         content = tree.unflatten(metadata["content"], tensors)
@@ -125,15 +122,6 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         seen.add(tensor.untyped_storage().data_ptr())
         result[name] = tensor
     return result
-
-
-def _digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
-    """Hash the metadata, and each tensor's name, dtype, shape and bytes."""
-    shapes = {name: (str(t.dtype), list(t.shape)) for name, t in sorted(tensors.items())}
-    digest = hashlib.sha256(json.dumps([metadata, shapes], sort_keys=True).encode())
-    for _, tensor in sorted(tensors.items()):
-        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -1,6 +1,5 @@
 """A resample that several processes share, for DistributedDataParallel."""
 
-import hashlib
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ import torch.distributed as dist
 from tensordict import TensorDict
 from torch import Tensor
 
-from rosa_func import samplers
+from rosa_func import samplers, tree
 from rosa_func import state as states
 from rosa_func.samplers import Sampler
 
@@ -96,12 +95,7 @@ def check_equal(state: TensorDict, group: dist.ProcessGroup | None = None) -> st
         >>> len(rosa_func.distributed.check_equal(state))
         64
     """
-    digest = hashlib.sha256()
-    for path in sorted(state.keys(True, True), key=str):
-        tensor = state[path].detach().cpu().contiguous()
-        digest.update(f"{path} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    own = digest.hexdigest()
+    own = tree.digest({}, {str(path): state[path] for path in state.keys(True, True)})
     if not dist.is_available() or not dist.is_initialized():
         return own
     hashes: list[str] = [""] * dist.get_world_size(group)

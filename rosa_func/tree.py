@@ -1,5 +1,6 @@
 """Nested values as JSON text and a flat dict of tensors, and back."""
 
+import hashlib
 import json
 import math
 from collections import Counter, OrderedDict
@@ -88,3 +89,12 @@ def unflatten(text: str, tensors: dict[str, Tensor]) -> Any:
         return {decode(key): decode(item) for key, item in content}
 
     return decode(json.loads(text))
+
+
+def digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """Hash the metadata, and each tensor's name, dtype, shape and bytes."""
+    shapes = {name: (str(t.dtype), list(t.shape)) for name, t in sorted(tensors.items())}
+    hashed = hashlib.sha256(json.dumps([metadata, shapes], sort_keys=True).encode())
+    for _, tensor in sorted(tensors.items()):
+        hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()

@@ -270,7 +270,7 @@ class TestDamage:
             del tensors["state/trainable/0.weight/A"]
             message = "does not hold what its metadata says: KeyError"
         del metadata["sha256"]
-        metadata["sha256"] = checkpoint._digest(metadata, tensors)
+        metadata["sha256"] = tree.digest(metadata, tensors)
         save_file(tensors, path, metadata)
         with pytest.raises(ValueError, match=message):
             checkpoint.load(path)
