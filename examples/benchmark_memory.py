@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 from benchmark_contenders import (
     CONTENDERS,
@@ -16,6 +15,7 @@ from benchmark_contenders import (
     tokens,
     train_step,
 )
+from peak_memory import peak_memory_of_this_process
 
 
 def memory(s: Settings) -> Times:
@@ -41,19 +41,6 @@ def _train(name: str, model: dict[str, int], rank: int, size: list[int]) -> dict
     for _ in range(3):
         train_step(contender, *tokens(gpt2_config(model), tuple(size)))
     return {"peak before training": before, "peak": peak_memory_of_this_process()}
-
-
-def peak_memory_of_this_process() -> float:
-    """Return the peak resident memory of this process in MB."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # On Linux ru_maxrss counts the parent's peak too: it survives fork and exec.
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(lines["VmHWM"].split()[0]) / 2**10
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 if __name__ == "__main__":

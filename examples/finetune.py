@@ -19,7 +19,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from finetune_data import Example, batches, collate, encode, load_model, load_rows, sample
+from finetune_data import (
+    Example,
+    batches,
+    collate,
+    encode,
+    load_model,
+    load_rows,
+    rate_at,
+    sample,
+)
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -80,11 +89,6 @@ def evaluate(model: nn.Module, weights: dict[str, Tensor], examples: list[Exampl
         total += losses(model, weights, batch).item()
         tokens += int((batch["labels"] != -100).sum())
     return total / tokens
-
-
-def rate_at(step: int, peak: float, warmup: int, steps: int) -> float:
-    """Rise linearly over the warm-up, then fall linearly to 0."""
-    return peak * min((step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup))
 
 
 class Run:

@@ -1,4 +1,4 @@
-"""The text, tokenizer and batches of examples/finetune.py."""
+"""The text, tokenizer, batches and schedule of a fine-tuning run."""
 
 import importlib.util
 import json
@@ -94,3 +94,8 @@ def batches(
         for first in range(done * size, len(shuffled) - size + 1, size):
             yield collate(shuffled[first : first + size])
         epoch, done = epoch + 1, 0
+
+
+def rate_at(step: int, peak: float, warmup: int, steps: int) -> float:
+    """Rise linearly over the warm-up, then fall linearly to 0."""
+    return peak * min((step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup))

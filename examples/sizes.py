@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from benchmark_contenders import gpt2, rosa, tokens, train_step
-from benchmark_memory import peak_memory_of_this_process
+from peak_memory import peak_memory_of_this_process
 from tensordict import TensorDict
 from transformers import LlamaConfig, LlamaForCausalLM
 

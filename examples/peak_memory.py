@@ -1,0 +1,17 @@
+"""The peak resident memory of a process."""
+
+import sys
+from pathlib import Path
+
+
+def peak_memory_of_this_process() -> float:
+    """Return the peak resident memory of this process in MB."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # On Linux ru_maxrss counts the parent's peak too: it survives fork and exec.
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) / 2**10
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
