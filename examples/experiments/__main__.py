@@ -1,0 +1,79 @@
+"""Run the experiments, and make their tables and figures.
+
+    python -m examples.experiments list
+    python -m examples.experiments run NAME [NAME ...] --data DIR
+    python -m examples.experiments report [NAME ...]
+    python -m examples.experiments tiny [NAME ...]
+
+`run` goes on where it was stopped, however it was stopped. DIR has the folders e2e, eli5 and glue
+(train, dev and test.jsonl each) and gpt2_tokenizer; without --data they come from the Hub. `tiny`
+runs experiments in a few steps, on data and models that it makes in a temporary folder.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from . import plan
+
+
+def main() -> None:
+    """Read the command line."""
+    folder = plan.FOLDER
+    summary, _, details = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        "python -m examples.experiments",
+        description=summary,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=["list", "run", "report", "tiny"])
+    parser.add_argument("names", nargs="*", help="experiments; all for report")
+    parser.add_argument("--data", type=Path, help="folder of data sets (without it, the Hub)")
+    parser.add_argument("--cache", type=Path, default=Path("runs/bases"), help="of base models")
+    parser.add_argument("--results", type=Path, default=folder / "results", help="of the lines")
+    parser.add_argument("--figures", type=Path, default=folder / "figures")
+    parser.add_argument("--page", type=Path, default=folder / "RESULTS.md", help="of the tables")
+    parser.add_argument("--experiments", type=Path, default=folder, help="of the TOML files")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time")
+    args = parser.parse_args()
+    if args.command == "list":
+        for name in plan.names(args.experiments):
+            print(f"{name:20}{plan.load(name, args.experiments).title}")
+    elif args.command == "run":
+        from . import runner
+
+        if not args.names:
+            parser.error("run needs the name of an experiment; `list` shows them")
+        for experiment in [plan.load(name, args.experiments) for name in args.names]:
+            runner.run(experiment, args.data, args.cache, args.results, args.jobs)
+    elif args.command == "tiny":
+        tiny(args.names or plan.names(args.experiments), args.jobs)
+    else:
+        from . import report
+
+        names = args.names or plan.names(args.experiments)
+        for experiment in [plan.load(name, args.experiments) for name in names]:
+            print(report.write(experiment, args.results, args.figures, args.page))
+
+
+def tiny(names: list[str], jobs: int) -> None:
+    """Run experiments in their tiny form, and report on them."""
+    from . import report, runner
+    from . import tiny as small
+
+    with tempfile.TemporaryDirectory() as folder:
+        data, results = Path(folder) / "data", Path(folder) / "results"
+        small.make(data)
+        for experiment in [small.shrink(plan.load(name)) for name in names]:
+            runner.run(experiment, data, Path(folder) / "bases", results, jobs)
+            print(report.write(experiment, results, Path(folder) / "figures", None))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted: finished cells are kept, the others start again", file=sys.stderr)
+        sys.exit(130)

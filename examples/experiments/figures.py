@@ -1,0 +1,125 @@
+"""The figures of the experiments: curves over steps, errors over ranks, and bars."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from . import plan, report
+from .report import Result
+
+MARKERS = "osD^vPX*<>"
+
+
+def draw(
+    figure: dict[str, Any], experiment: plan.Experiment, results: list[Result], folder: Path
+) -> Path:
+    """Draw one figure of an experiment's file; return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = [r for r in results if r.method.name in figure.get("methods", [r.method.name])]
+    if "rank" in figure:
+        chosen = [r for r in chosen if r.method.rank in (figure["rank"], 0)]
+    drawing, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
+    {"curves": curves, "ranks": ranks, "bars": bars, "spectra": spectra, "growth": growth}[
+        figure["kind"]
+    ](axes, chosen, figure)
+    if figure.get("log"):
+        axes.set_yscale("log")
+    axes.set_title(experiment.title, fontsize="medium")
+    axes.grid(which="both", alpha=0.3)
+    path = folder / f"{experiment.name}-{figure.get('name', figure['kind'])}.png"
+    drawing.savefig(path, dpi=120)
+    plt.close(drawing)
+    return path
+
+
+def curves(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
+    """Draw the loss on dev over the steps: the mean over seeds, and its 95% interval."""
+    for result, marker in zip(results, MARKERS * 9, strict=False):
+        points: dict[int, list[float]] = {}
+        for lines in result.runs.values():
+            for line in lines:
+                if line["event"] == "dev":
+                    points.setdefault(line["step"], []).append(line["loss"])
+        steps = sorted(points)
+        middle, half = zip(*(report.interval(points[step]) for step in steps), strict=True)
+        (line,) = axes.plot(steps, middle, marker=marker, markersize=4, label=result.method.label)
+        band(axes, steps, middle, half, line.get_color(), bool(figure.get("log")))
+    if top := figure.get("top"):
+        axes.set_ylim(top=top)
+    axes.set(xlabel=figure.get("x", "steps"), ylabel=figure["y"])
+    axes.legend(fontsize="small")
+
+
+def band(
+    axes: Axes,
+    x: Sequence[float],
+    middle: Sequence[float],
+    half: Sequence[float],
+    color: Any,
+    log: bool,
+) -> None:
+    """Shade an interval; on a logarithmic axis it does not go below a tenth of the mean."""
+    low = [m - h if not log else max(m - h, m / 10) for m, h in zip(middle, half, strict=True)]
+    high = [m + h for m, h in zip(middle, half, strict=True)]
+    axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def ranks(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
+    """Draw the loss on test over the number of trainable values, a line for each method."""
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for result in results:
+        ends = result.ends()
+        if ends:
+            value = report.interval([end["test"]["loss"] for end in ends])
+            lines.setdefault(result.method.name, []).append((ends[0]["trainable"], *value))
+    for (name, points), marker in zip(lines.items(), MARKERS, strict=False):
+        x, middle, half = zip(*sorted(points), strict=True)
+        axes.errorbar(x, middle, half, marker=marker, markersize=5, capsize=3, label=name)
+    axes.set(xlabel="trainable values", xscale="log", ylabel=figure["y"])
+    axes.legend(fontsize="small")
+
+
+def bars(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
+    """Draw the loss on test of every method, with its 95% interval and every seed."""
+    results = [result for result in results if result.ends()][::-1]
+    for place, result in enumerate(results):
+        values = [end["test"]["loss"] for end in result.ends()]
+        middle, half = report.interval(values)
+        axes.errorbar(middle, place, xerr=half, marker="o", capsize=4, color="tab:blue")
+        axes.plot(values, [place] * len(values), "|", color="black", markersize=9)
+    axes.set_yticks(range(len(results)), [result.method.label for result in results])
+    axes.set_xlabel(figure["y"])
+
+
+def spectra(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
+    """Draw the singular values of the total change at the end, the mean over seeds."""
+    for result, marker in zip(results, MARKERS, strict=False):
+        found = [lines[-2]["spectrum"] for lines in result.runs.values() if "spectrum" in lines[-2]]
+        if found:
+            middle = [max(mean(column), 1e-12) for column in zip(*found, strict=True)]
+            x = range(1, len(middle) + 1)
+            axes.plot(x, middle, marker, ls="-", ms=3, label=result.method.label)
+    axes.set(xlabel="index", ylabel=figure["y"], yscale="log", xscale="log", ylim=(1e-4, 1.5))
+    axes.legend(fontsize="small")
+
+
+def growth(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
+    """Draw the effective rank of the total change over the steps, the mean over seeds."""
+    for result, marker in zip(results, MARKERS, strict=False):
+        points: dict[int, list[float]] = {}
+        for lines in result.runs.values():
+            for line in lines:
+                if "effective_rank" in line and line["step"] > 0:
+                    points.setdefault(line["step"], []).append(line["effective_rank"])
+        if points:
+            values = [mean(points[step]) for step in sorted(points)]
+            axes.plot(sorted(points), values, marker, ls="-", ms=4, label=result.method.label)
+    axes.set(xlabel="steps", ylabel=figure["y"], yscale="log")
+    axes.legend(fontsize="small")

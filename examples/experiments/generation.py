@@ -1,0 +1,84 @@
+"""Generation for E2E: beam search on the merged model, scored against all references of an MR."""
+
+import copy
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import sacrebleu
+import torch
+from nltk.translate.nist_score import corpus_nist
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..finetune_data import load_rows
+from .task import Metrics
+
+
+def score(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    setting: dict[str, Any],
+    data: Path | None,
+    weights: dict[str, Tensor],
+) -> Metrics:
+    """Write a text for each MR of the test split with the merged weights; return the metrics."""
+    fresh = copy.deepcopy(model)  # a stock model: what is measured is what a user would deploy
+    fresh.load_state_dict(weights, strict=False)  # a tied weight comes once
+    references = defaultdict(list)
+    for mr, reference in load_rows("e2e", "test", None if data is None else data / "e2e"):
+        references[mr].append(reference)
+    chosen = sorted(references)[: setting["generate"]]
+    texts = generate(fresh, tokenizer, chosen, setting)
+    return metrics(texts, [references[mr] for mr in chosen])
+
+
+@torch.no_grad()
+def generate(
+    model: Any, tokenizer: PreTrainedTokenizerBase, mrs: list[str], setting: dict[str, Any]
+) -> list[str]:
+    """Return the best of the beams for each MR."""
+    tokenizer.padding_side, texts = "left", []
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    for start in range(0, len(mrs), 32):
+        prompts = [f"{mr}\n" for mr in mrs[start : start + 32]]
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+        ids = model.generate(
+            input_ids=inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            max_new_tokens=setting["length"] // 2,
+            num_beams=setting["beams"],
+            do_sample=False,
+            early_stopping=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        written = ids[:, inputs.input_ids.shape[1] :]
+        texts += [text.strip() for text in tokenizer.batch_decode(written, True)]
+    return texts
+
+
+def metrics(texts: list[str], references: list[list[str]]) -> Metrics:
+    """Return BLEU, NIST, ROUGE-L and chrF with several references a text.
+
+    BLEU (4-grams) and NIST (5-grams) are of the whole corpus, on mteval's 13a tokens in lower case;
+    ROUGE-L is the mean over texts of the best F1 over references; chrF is chrF2 of the corpus.
+    """
+    most = max(map(len, references))
+    streams = [[r[i] if i < len(r) else None for r in references] for i in range(most)]
+    bleu = sacrebleu.corpus_bleu(texts, streams, lowercase=True).score
+    chrf = sacrebleu.corpus_chrf(texts, streams).score
+    split = Tokenizer13a()
+    tokens = [split(text.lower()).split() for text in texts]
+    of_references = [[split(r.lower()).split() for r in group] for group in references]
+    longest = max(map(len, tokens))  # without a 5-gram nltk divides by zero
+    nist = float(corpus_nist(of_references, tokens, n=5)) if longest >= 5 else 0.0
+    scorer = RougeScorer(["rougeL"])
+    rouge = [
+        scorer.score_multi(group, text)["rougeL"].fmeasure
+        for group, text in zip(references, texts, strict=True)
+    ]
+    return {"bleu": bleu, "nist": nist, "rouge_l": sum(rouge) / len(rouge), "chrf": chrf}

@@ -1,0 +1,171 @@
+"""What an experiment is: a TOML file, the methods in it, and the cells that follow from them.
+
+A cell is one training run. Its key is a digest of all that decides its result, so a cell that was
+run is known again, and a changed file runs only what changed.
+"""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FOLDER = Path(__file__).parent
+
+
+class Method(NamedTuple):
+    """How the weights are adapted; every field but the name decides the result."""
+
+    name: str
+    sampler: str  # of rosa_func.samplers or draws.py, or "full"
+    rank: int = 0  # of each weight; 0 for full
+    every: int = 0  # steps of the first cycle; 0 for one draw
+    growth: float = 1.0  # each cycle is that many times as long as the one before
+    moments: str = "reset"  # at a resample, as in rosa_func.optim.rebind
+    rewarm: int = 0  # steps of warm-up after each resample
+    train: str = "both"  # or "input" or "output": the side of the factors that is trained
+    share: float = 0.5  # the power of each singular value that goes to the input side
+    ratio: float = 1.0  # rate of the output side over that of the input side
+    solve: bool = False  # each cycle by its exact minimum (linear regression only)
+
+    @property
+    def label(self) -> str:
+        """Return the name with the rank, where there is one."""
+        return f"{self.name} r={self.rank}" if self.rank else self.name
+
+
+class Cell(NamedTuple):
+    """One run: everything that its result depends on."""
+
+    setting: dict[str, Any]  # the task, the model, the schedule: equal for all methods
+    method: Method
+    rate: float
+    seed: int
+    phase: str  # "tune" or "final"
+
+    @property
+    def steps(self) -> int:
+        """Return how many steps the run takes."""
+        return self.setting["tune_steps" if self.phase == "tune" else "steps"]
+
+    @property
+    def key(self) -> str:
+        """Return a digest of all that decides the result."""
+        method = self.method._asdict()
+        del method["name"]
+        decided = [self.setting, method, self.rate, self.seed, self.phase]
+        return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Experiment(NamedTuple):
+    """A parsed file; `rates` is one grid for all methods."""
+
+    name: str
+    title: str
+    setting: dict[str, Any]
+    rates: list[float]
+    seeds: list[int]
+    tune_seed: int
+    methods: list[Method]
+    start: dict[Method, float]  # where the search for the rate begins
+    like: dict[Method, Method]  # the method whose rate is taken over without a search
+    figures: list[dict[str, Any]]
+
+
+def names(folder: Path = FOLDER) -> list[str]:
+    """Return the names of the experiments."""
+    return sorted(p.stem for p in folder.glob("*.toml") if p.stem != "bases")
+
+
+def load(name: str, folder: Path = FOLDER) -> Experiment:
+    """Read an experiment from its file."""
+    path = folder / f"{name}.toml"
+    if not path.is_file():
+        raise SystemExit(f"there is no experiment {name!r}; there are {', '.join(names(folder))}")
+    content = tomllib.loads(path.read_text(encoding="utf-8"))
+    setting, rates = content["setting"], content.get("rates", [1.0])
+    if isinstance(setting, str):  # that of another experiment, whose cells then are the same
+        other = load(setting, folder)
+        setting, rates = other.setting, other.rates
+    methods, start, like = [], {}, {}
+    for entry in content["method"]:
+        options = {k: v for k, v in entry.items() if k not in ("ranks", "start", "like")}
+        for rank in entry.get("ranks", [0]):
+            method = Method(**options, rank=rank)
+            methods.append(method)
+            start[method] = entry.get("start", rates[len(rates) // 2])
+            if "like" in entry:
+                like[method] = next(
+                    m for m in methods if m.name == entry["like"] and m.rank in (rank, 0)
+                )
+    if len({m.label for m in methods}) < len(methods):
+        raise SystemExit(f"{path}: two methods have one name")
+    return Experiment(
+        name=name,
+        title=content["title"],
+        setting=setting,
+        rates=sorted(rates),
+        seeds=content["seeds"],
+        tune_seed=content.get("tune_seed", 1000),
+        methods=methods,
+        start=start,
+        like=like,
+        figures=content.get("figure", []),
+    )
+
+
+def best_rate(experiment: Experiment, method: Method, scores: dict[str, float]) -> float | None:
+    """Return the best rate of a method by dev, or None as long as cells of the search are missing.
+
+    Where the grid has one rate there is nothing to search.
+    """
+    if method in experiment.like:
+        return best_rate(experiment, experiment.like[method], scores)
+    if len(experiment.rates) == 1:
+        return experiment.rates[0]
+    if search(experiment, method, scores):
+        return None
+    tried = {c.rate: scores[c.key] for c in tuning(experiment, method) if c.key in scores}
+    return min(tried, key=lambda rate: tried[rate])
+
+
+def tuning(experiment: Experiment, method: Method) -> list[Cell]:
+    """Return the cells of the whole grid of one method."""
+    return [
+        Cell(experiment.setting, method, rate, experiment.tune_seed, "tune")
+        for rate in experiment.rates
+    ]
+
+
+def search(experiment: Experiment, method: Method, scores: dict[str, float]) -> list[Cell]:
+    """Return the cells of the grid that are to be run next: none when the search is at its end.
+
+    From its start the search goes on in both directions until the best rate has a worse one on
+    either side, or the grid ends. Scores are losses on dev, by key; a run that diverged has inf.
+    """
+    if method in experiment.like or len(experiment.rates) == 1:
+        return []
+    cells = tuning(experiment, method)
+    if not any(cell.key in scores for cell in cells):
+        first = experiment.rates.index(experiment.start[method])
+        return cells[max(0, first - 1) : first + 2]
+    at = min(range(len(cells)), key=lambda i: scores.get(cells[i].key, float("inf")))
+    return [c for c in cells[max(0, at - 1) : at + 2] if c.key not in scores]
+
+
+def due(experiment: Experiment, scores: dict[str, float], done: Iterable[str]) -> list[Cell]:
+    """Return the cells that can be run now and were not run yet: those of the searches first."""
+    tune = [cell for m in experiment.methods for cell in search(experiment, m, scores)]
+    return tune + [cell for cell in finals(experiment, scores) if cell.key not in set(done)]
+
+
+def finals(experiment: Experiment, scores: dict[str, float]) -> list[Cell]:
+    """Return the published cells of the methods whose rate is known, one seed after the other."""
+    rates = {m: best_rate(experiment, m, scores) for m in experiment.methods}
+    return [
+        Cell(experiment.setting, method, rate, seed, "final")
+        for seed in experiment.seeds
+        for method, rate in rates.items()
+        if rate is not None
+    ]

@@ -1,0 +1,93 @@
+"""Language modelling: E2E and ELI5 (the reference given the prompt), source code (every token)."""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from .. import finetune_data as shared
+from . import base, corpora
+from .task import Forward, Metrics, Task
+
+Batch = dict[str, Tensor]
+Examples = list[shared.Example]
+
+
+def load(kind: str, setting: dict[str, Any], data: Path | None, cache: Path) -> Task:
+    """Return the task e2e, eli5 or code with the model of the setting."""
+    model, tokenizer = load_model(setting["model"], data, cache)
+    splits = {split: examples(kind, split, setting, tokenizer, data) for split in setting["rows"]}
+    generate = None
+    if setting.get("generate"):
+        from . import generation
+
+        generate = partial(generation.score, model, tokenizer, setting, data)
+
+    def batches(seed: int) -> Iterator[Batch]:
+        return shared.batches(splits["train"], setting["batch"], seed, 0)
+
+    def evaluated(forward: Forward, split: str) -> Metrics:
+        return evaluate(forward, splits[split])
+
+    return Task(model, setting.get("targets"), [], batches, loss, evaluated, generate)
+
+
+def load_model(name: str, data: Path | None, cache: Path) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Return a base of bases.toml (base:NAME), smollm2, or a model of the Hub or a directory."""
+    kind, _, of = name.partition(":")
+    if kind == "base":
+        directory = base.cached(of, data, cache)
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        return model.eval(), AutoTokenizer.from_pretrained(directory)
+    if kind == "tiny":  # of a folder of data that tiny.py made
+        name = str((data or Path()) / of)
+    return shared.load_model(name, torch.float32)
+
+
+def examples(
+    kind: str,
+    split: str,
+    setting: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    data: Path | None,
+) -> Examples:
+    """Return the rows of a split in ids: as many as the setting says, chosen by a fixed seed."""
+    size, length = setting["rows"][split], setting["length"]
+    if kind == "code":
+        blocks = base.in_blocks(corpora.source(split), tokenizer, length).tolist()
+        return shared.sample([(block[:1], block[1:]) for block in blocks], size, 0)
+    rows = shared.load_rows(kind, split, None if data is None else data / kind)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    return shared.encode([rows[i] for i in order[: size or None]], tokenizer, length)
+
+
+def nll(forward: Forward, batch: Batch) -> Tensor:
+    """Return the summed negative log-likelihood of the tokens that have a label."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    padded = {} if bool(mask.all()) else {"attention_mask": mask}
+    logits = forward(input_ids=ids, use_cache=False, **padded).logits
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+
+
+def loss(forward: Forward, batch: Batch) -> Tensor:
+    """Return the mean over the tokens of the batch."""
+    return nll(forward, batch) / (batch["labels"] != -100).sum()
+
+
+@torch.no_grad()
+def evaluate(forward: Forward, rows: Examples) -> Metrics:
+    """Return the NLL of a token, over all tokens alike, its perplexity, and the bits of a token."""
+    rows = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))  # little padding
+    total, tokens = 0.0, 0
+    for start in range(0, len(rows), 16):
+        batch = shared.collate(rows[start : start + 16])
+        total += nll(forward, batch).item()
+        tokens += int((batch["labels"] != -100).sum())
+    mean = total / tokens
+    return {"loss": mean, "ppl": math.exp(min(mean, 700.0)), "bits": mean / math.log(2)}
