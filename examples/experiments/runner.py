@@ -80,6 +80,7 @@ def _work(
     from . import task, training
 
     torch.set_num_threads(threads)
+    torch.manual_seed(cell.seed)  # of dropout: this process runs nothing else
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     parent = os.getppid()

@@ -33,7 +33,6 @@ def run(
     setting, method = cell.setting, cell.method
     head = {"cell": cell.key}
     yield head | {"event": "start", **_described(cell)}
-    torch.manual_seed(cell.seed)  # of dropout and a new head; this process runs nothing else
     before = peak_memory_of_this_process()
     task = load()
     run = Run(task, cell)

@@ -1,0 +1,404 @@
+"""The experiments' harness: what makes its comparisons fair, and its lines whole."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randn
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import rosa_func
+from examples.experiments import (
+    draws,
+    generation,
+    glue,
+    plan,
+    records,
+    report,
+    task,
+    text,
+    training,
+)
+from examples.experiments import tiny as small
+from rosa_func import samplers
+
+ROOT = Path(__file__).parents[1]
+RATES = [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
+METHODS = [
+    plan.Method("full", "full"),
+    plan.Method("LoRA", "lora", rank=2),
+    plan.Method("ROSA", "random", rank=2, every=3),
+    plan.Method("aligned", "aligned", rank=2, every=3, moments="keep", train="output"),
+    plan.Method("importance", "importance", rank=2, every=2, growth=2.0, moments="project"),
+    plan.Method("all to the input", "random", rank=2, every=3, share=1.0, rewarm=2),
+]
+SETTING = {"steps": 7, "tune_steps": 3, "warmup": 2, "eval_every": 3}
+
+
+def experiment(**changes: Any) -> plan.Experiment:
+    start = dict.fromkeys(METHODS, RATES[2])
+    parts = {"name": "x", "title": "", "setting": SETTING, "rates": RATES, "seeds": [0, 1]}
+    parts |= {"tune_seed": 9, "methods": METHODS, "start": start, "like": {}, "figures": []}
+    return plan.Experiment(**(parts | changes))
+
+
+class Seen:
+    """A small regression that notes what the training loop asks of it."""
+
+    def __init__(self) -> None:
+        self.batches: list[Tensor] = []
+        self.splits: Counter[str] = Counter()
+        self.modes: list[tuple[str, bool]] = []
+
+    def load(self) -> task.Task:
+        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+        model.load_state_dict({k: randn(*v.shape) for k, v in model.state_dict().items()})
+
+        def batches(seed: int) -> Iterator[Tensor]:
+            generator = torch.Generator().manual_seed(seed)
+            while True:
+                yield torch.randn(8, 6, generator=generator)
+
+        def loss(forward: task.Forward, batch: Tensor) -> Tensor:
+            self.batches.append(batch)
+            return F.mse_loss(forward(batch), batch[:, :4])
+
+        def evaluate(forward: task.Forward, split: str) -> task.Metrics:
+            self.splits[split] += 1
+            with torch.no_grad():
+                return {"loss": F.mse_loss(forward(torch.ones(1, 6)), torch.zeros(1, 4)).item()}
+
+        return task.Task(model, None, [], batches, loss, evaluate)
+
+
+def lines_of(method: plan.Method, phase: str = "final") -> tuple[Seen, list[records.Line]]:
+    seen = Seen()
+    cell = plan.Cell(SETTING, method, 1e-2, 3, phase)
+    return seen, list(training.run(cell, seen.load))
+
+
+class TestFairness:
+    @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+    def test_every_method_trains_on_the_same_batches_in_the_same_order(self, method):
+        seen, lines = lines_of(method)
+        expected = [batch for batch, _ in zip(Seen().load().batches(3), range(7), strict=False)]
+        own = [b for b in seen.batches if any(torch.equal(b, e) for e in expected)]
+        assert len(own) == 7
+        assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))
+        if method.sampler not in ("aligned", "importance"):
+            assert len(seen.batches) == 7  # the other two also look at a gradient when they draw
+        assert lines[-1]["steps"] == 7
+
+    @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+    def test_dev_is_scored_at_the_same_steps_and_test_once(self, method):
+        seen, lines = lines_of(method)
+        assert [line["step"] for line in lines if line["event"] == "dev"] == [0, 3, 6, 7]
+        assert seen.splits == {"dev": 4, "test": 1}
+
+    def test_a_search_for_the_rate_does_not_touch_test(self):
+        seen, lines = lines_of(METHODS[2], "tune")
+        assert set(seen.splits) == {"dev"}
+        assert "test" not in lines[-1]
+
+    def test_one_schedule_for_all_but_where_rewarming_is_what_is_compared(self):
+        def rates(method: plan.Method) -> list[float]:
+            cell = plan.Cell(SETTING, method, 0.5, 0, "final")
+            resamples = set(training.cycle_starts(method, 7))
+            return [training.rate(cell, step, resamples) for step in range(7)]
+
+        usual = rates(METHODS[0])
+        assert usual == pytest.approx([0.25, 0.5, 0.5, 0.4, 0.3, 0.2, 0.1])
+        assert all(rates(method) == usual for method in METHODS[:5])
+        assert rates(METHODS[5]) == pytest.approx(
+            [0.25, 0.5, 0.5, 0.4 / 3, 0.3 * 2 / 3, 0.2, 0.1 / 3]
+        )
+
+    def test_test_is_scored_with_the_weights_that_were_best_on_dev(self):
+        seen = Seen()
+        made = seen.load()
+        order = iter([3.0, 1.0, 2.0, 4.0])  # of dev; the second is at step 3
+        states: list[Tensor] = []
+
+        def evaluate(forward: task.Forward, split: str) -> task.Metrics:
+            states.append(forward(torch.ones(1, 6)).detach())
+            return {"loss": next(order) if split == "dev" else 0.0}
+
+        cell = plan.Cell(SETTING, METHODS[2], 1e-2, 3, "final")
+        list(training.run(cell, lambda: made._replace(evaluate=evaluate)))
+        assert torch.equal(states[4], states[1])
+        assert not torch.equal(states[4], states[3])
+
+    def test_every_method_searches_one_grid(self):
+        cells = [plan.tuning(experiment(), method) for method in METHODS]
+        assert all([cell.rate for cell in of] == RATES for of in cells)
+        assert {cell.seed for of in cells for cell in of} == {9}
+
+    def test_trainable_values_are_those_of_the_optimizer(self):
+        values = {method.name: lines_of(method)[1][-1]["trainable"] for method in METHODS}
+        assert values["full"] == 6 * 5 + 5 + 5 * 4 + 4
+        assert values["LoRA"] == values["ROSA"] == 2 * (6 + 5 + 5 + 4)
+        assert values["aligned"] == 2 * (5 + 4)  # the output side alone
+
+
+class TestSearch:
+    @given(
+        st.integers(0, 5), st.integers(0, 5), st.lists(st.floats(0.01, 1), min_size=6, max_size=6)
+    )
+    def test_the_search_ends_at_the_best_rate_of_a_loss_with_one_minimum(self, best, start, gaps):
+        method = METHODS[1]
+        e = experiment(start={method: RATES[start]})
+        cells = plan.tuning(e, method)
+        losses = {c.key: sum(gaps[min(i, best) : max(i, best)], 0.0) for i, c in enumerate(cells)}
+        scores: dict[str, float] = {}
+        for _ in range(6):
+            due = plan.search(e, method, scores)
+            assert not {cell.key for cell in due} & scores.keys()
+            scores |= {cell.key: losses[cell.key] for cell in due}
+        assert not plan.search(e, method, scores)
+        assert plan.best_rate(e, method, scores) == RATES[best]
+
+    def test_a_diverged_run_is_never_the_best(self):
+        method = METHODS[1]
+        losses = [1.0, 0.5, math.inf, math.inf, math.inf, math.inf]
+        keys = [cell.key for cell in plan.tuning(experiment(), method)]
+        assert (
+            plan.best_rate(experiment(), method, dict(zip(keys, losses, strict=True))) == RATES[1]
+        )
+
+    def test_published_seeds_wait_for_the_rate(self):
+        e = experiment(methods=METHODS[1:3], like={METHODS[2]: METHODS[1]})
+        assert {cell.phase for cell in plan.due(e, {}, [])} == {"tune"}
+        keys = [cell.key for cell in plan.tuning(e, METHODS[1])]
+        scores = dict(zip(keys, [3.0, 2.0, 1.0, 2.0, 3.0, 4.0], strict=True))
+        due = plan.due(e, scores, scores)
+        assert [(c.method.name, c.seed, c.rate) for c in due] == [
+            ("LoRA", 0, RATES[2]),
+            ("ROSA", 0, RATES[2]),  # that of LoRA, by `like`
+            ("LoRA", 1, RATES[2]),
+            ("ROSA", 1, RATES[2]),
+        ]
+
+    def test_the_key_is_of_all_that_decides_the_result_and_of_nothing_else(self):
+        cell = plan.Cell(SETTING, METHODS[2], 1e-3, 0, "final")
+        assert cell._replace(method=METHODS[2]._replace(name="other")).key == cell.key
+        others = [
+            cell._replace(setting={**SETTING, "steps": 8}),
+            cell._replace(method=METHODS[2]._replace(every=4)),
+            cell._replace(rate=2e-3),
+            cell._replace(seed=1),
+            cell._replace(phase="tune"),
+        ]
+        assert len({c.key for c in [cell, *others]}) == 6
+
+    @pytest.mark.parametrize("name", plan.names())
+    def test_every_file_is_an_experiment(self, name):
+        e = plan.load(name)
+        assert all(rate in e.rates for rate in e.start.values())
+        assert all("test" not in e.setting["rows"] or e.setting["rows"]["dev"] for _ in [0])
+
+
+class TestLines:
+    def line(self, cell: str, event: str, **fields: Any) -> records.Line:
+        return {"cell": cell, "event": event, **fields}
+
+    def test_only_finished_cells_are_read(self, tmp_path):
+        whole = [self.line("a", "start"), self.line("a", "dev", loss=2.0), self.line("a", "end")]
+        records.append(tmp_path / "x.jsonl", whole)
+        records.append(
+            tmp_path / "x.jsonl", [self.line("b", "start"), self.line("b", "dev", loss=1)]
+        )
+        assert records.read(tmp_path) == {"a": whole}
+        assert records.scores(records.read(tmp_path)) == {"a": 2.0}
+
+    def test_a_torn_line_is_cut_off_and_the_cell_runs_again(self, tmp_path):
+        path = tmp_path / "x.jsonl"
+        whole = [self.line("a", "start"), self.line("a", "end")]
+        records.append(path, whole)
+        before = path.read_bytes()
+        for torn in (b'{"cell": "b", "ev', b'{"cell": "b", "event": "start"}\n{"cell"'):
+            path.write_bytes(before + torn)
+            with records.locked(path):
+                assert records.read(tmp_path) == {"a": whole}
+            assert path.read_bytes().startswith(before)
+
+    def test_a_second_runner_is_refused(self, tmp_path):
+        path = tmp_path / "x.jsonl"
+        with (
+            records.locked(path),
+            pytest.raises(SystemExit, match="another run"),
+            records.locked(path),
+        ):
+            pass
+
+    def test_no_line_has_a_value_that_json_lacks(self, tmp_path):
+        with pytest.raises(ValueError):
+            records.append(tmp_path / "x.jsonl", [self.line("a", "dev", loss=math.nan)])
+
+
+class TestScores:
+    def test_nll_weighs_tokens_alike(self):
+        """Not the mean over batches: with 20 rows of growing length the two differ."""
+        logits = randn(50, 7, seed=1)
+
+        def forward(input_ids: Tensor, **_: Any) -> Any:
+            return type(
+                "Output",
+                (),
+                {"logits": logits[: input_ids.shape[1]].expand(len(input_ids), -1, -1)},
+            )
+
+        rows = [([1] * (1 + n % 3), [n % 7] * (1 + n)) for n in range(20)]
+        found = text.evaluate(forward, rows)
+        log_p = logits.log_softmax(1)
+        terms = [
+            -log_p[len(prompt) - 1 + i, token].item()
+            for prompt, reference in rows
+            for i, token in enumerate(reference)
+        ]
+        assert found["loss"] == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+        assert found["ppl"] == pytest.approx(math.exp(sum(terms) / len(terms)), rel=1e-5)
+        assert found["bits"] == pytest.approx(found["loss"] / math.log(2))
+
+    def test_a_text_that_equals_any_of_its_references_scores_in_full(self):
+        references = [
+            ["one two three four five six", "a b c d e f g"],
+            ["what is that over there now"],
+        ]
+        best = generation.metrics(["a b c d e f g", "What is that over there now"], references)
+        assert best["bleu"] == pytest.approx(100)
+        assert best["rouge_l"] == pytest.approx(1)
+        worse = generation.metrics(["a b c x e f g", "what is that over here now"], references)
+        assert all(worse[name] < best[name] for name in best)
+
+    def test_glue_chooses_on_a_tenth_of_train_and_reports_dev(self, tmp_path):
+        small.make(tmp_path)
+        setting = {"model": "tiny:bert", "length": 32, "rows": {"train": 60}, "batch": 4}
+        made = glue.load("CoLA", setting, 0, tmp_path)
+        sizes: dict[str, int] = {}
+        for split in ("dev", "test"):
+            rows: list[int] = []
+
+            def forward(rows: list[int] = rows, **batch: Tensor) -> Any:
+                rows.append(len(batch["input_ids"]))
+                return type("Output", (), {"logits": torch.zeros(len(batch["input_ids"]), 2)})
+
+            made.evaluate(forward, split)
+            sizes[split] = sum(rows)
+        assert sizes == {"dev": 6, "test": 70}
+        head = [n for n, p in made.model.named_parameters() if n.startswith("classifier")]
+        state = rosa_func.init(made.model, 2, targets=made.targets, train=made.train)
+        assert set(head) <= set(rosa_func.named_parameters(state))
+
+    @given(st.lists(st.floats(-5, 5), min_size=2, max_size=8))
+    def test_the_interval_is_students(self, values):
+        from scipy import stats
+
+        middle, half = report.interval(values)
+        assert middle == pytest.approx(sum(values) / len(values), abs=1e-9)
+        if len(set(values)) > 1 and half > 1e-6:
+            low, high = stats.t.interval(0.95, len(values) - 1, middle, stats.sem(values))
+            assert (high - low) / 2 == pytest.approx(half, rel=1e-6)
+
+
+class TestDraws:
+    def site(self, name: str = "w", dim: int = 0) -> samplers.Site:
+        return samplers.Site(name, dim, torch.Generator().manual_seed(0))
+
+    @pytest.mark.parametrize("dim", [0, 1])
+    def test_aligned_takes_the_side_of_the_most_gradient(self, dim):
+        W, G = randn(8, 6), randn(8, 6, seed=1)
+        A, B = draws.aligned({"w": G})(W, 3, self.site(dim=dim))
+        assert not (A @ B).any()
+        kept = A.T @ G if dim == 0 else G @ B.T
+        best = torch.linalg.svdvals(G)[:3].square().sum()
+        assert kept.square().sum().item() == pytest.approx(best.item(), rel=1e-5)
+
+    def test_importance_draws_singular_terms_where_the_gradient_is(self):
+        W = randn(8, 6, dtype=torch.float64)
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        G = U[:, [1, 4]] @ randn(2, 6, seed=1, dtype=torch.float64)
+        G = G @ Vh[[1, 4]].T @ Vh[[1, 4]]
+        A, B = draws.importance({"w": G})(W, 2, self.site())
+        expected = U[:, [1, 4]] * S[[1, 4]] @ Vh[[1, 4]]
+        assert torch.allclose(A @ B, expected, atol=1e-12)
+
+    @given(st.floats(0, 1), st.integers(0, 1))
+    def test_a_share_moves_norm_between_the_sides_and_keeps_the_product(self, share, dim):
+        W = randn(8, 6, dtype=torch.float64)
+        A, B = samplers.top(W, 3, self.site())
+        A2, B2 = draws.shared(samplers.top, share)(W, 3, self.site(dim=dim))
+        assert torch.allclose(A2 @ B2, A @ B)
+        S = torch.linalg.svdvals(W)[:3].flip(0)
+        side = A2.norm(dim=0) if dim == 0 else B2.norm(dim=1)
+        assert torch.allclose(side, S**share)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run `theorem` cut to a few cells; kill it twice on the way."""
+    folder = tmp_path_factory.mktemp("experiments")
+    source = (
+        (plan.FOLDER / "theorem.toml")
+        .read_text()
+        .replace("seeds = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]", "seeds = [0, 1]")
+    )
+    methods = source.split("[[method]]")
+    figures = methods[-1].split("[[figure]]")[1]
+    source = "[[method]]".join(methods[:3]) + "[[figure]]" + figures
+    source = source.replace("ranks = [1, 8, 16, 24]", "ranks = [8]").replace(
+        "steps = 30", "steps = 3"
+    )
+    source = source.replace("train = 5000", "train = 600")
+    (folder / "theorem.toml").write_text(source)
+    command = [sys.executable, "-m", "examples.experiments", "run", "theorem", "--jobs", "1"]
+    command += ["--experiments", str(folder), "--results", str(folder)]
+    for finished in (1, 2):
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as run:
+            while len(records.read(folder)) < finished:
+                assert run.poll() is None, run.stderr and run.stderr.read()
+                time.sleep(0.01)
+            os.kill(run.pid, signal.SIGKILL)
+    before = (folder / "theorem.jsonl").read_text()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "theorem.jsonl").read_text().startswith(before)
+    return folder
+
+
+class TestRunner:
+    def test_a_killed_run_goes_on_and_runs_nothing_twice(self, ran):
+        lines = [json.loads(line) for line in (ran / "theorem.jsonl").read_text().splitlines()]
+        starts = Counter(line["cell"] for line in lines if line["event"] == "start")
+        e = plan.load("theorem", ran)
+        assert starts == {cell.key: 1 for cell in plan.finals(e, {})}
+        assert len(starts) == 4
+
+    def test_the_report_is_made_of_the_lines_alone(self, ran, tmp_path):
+        e = plan.load("theorem", ran)
+        page = tmp_path / "page.md"
+        page.write_text("before\n<!-- theorem -->\nold\n<!-- end of theorem -->\nafter\n")
+        said = report.write(e, ran, tmp_path, page)
+        assert (tmp_path / "theorem-curves.png").stat().st_size > 1000
+        additive = next(line for line in said.splitlines() if line.startswith("| additive r=8"))
+        assert additive in page.read_text()
+        assert page.read_text().startswith("before\n") and page.read_text().endswith("after\n")
+        assert "old" not in page.read_text()
+
+    def test_the_theorem_holds_in_the_lines(self, ran):
+        """Rank 24 at rank 8: three cycles of additive draws; one of LoRA does not get there."""
+        found = {r.method.name: r for r in report.gather(plan.load("theorem", ran), ran)}
+        assert all(end["test"]["loss"] < 1e-20 for end in found["additive"].ends())
+        assert all(end["test"]["loss"] > 1e-2 for end in found["LoRA"].ends())
