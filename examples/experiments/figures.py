@@ -26,9 +26,14 @@ def draw(
     if "rank" in figure:
         chosen = [r for r in chosen if r.method.rank in (figure["rank"], 0)]
     drawing, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
-    {"curves": curves, "ranks": ranks, "bars": bars, "spectra": spectra, "growth": growth}[
-        figure["kind"]
-    ](axes, chosen, figure)
+    {
+        "curves": curves,
+        "ranks": ranks,
+        "bars": bars,
+        "spectra": spectra,
+        "growth": growth,
+        "crossing": crossing,
+    }[figure["kind"]](axes, chosen, figure)
     if figure.get("log"):
         axes.set_yscale("log")
     axes.set_title(experiment.title, fontsize="medium")
@@ -122,4 +127,26 @@ def growth(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
             values = [mean(points[step]) for step in sorted(points)]
             axes.plot(sorted(points), values, marker, ls="-", ms=4, label=result.method.label)
     axes.set(xlabel="steps", ylabel=figure["y"], yscale="log")
+    axes.legend(fontsize="small")
+
+
+def crossing(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
+    """Draw the difference to plain LoRA on test, paired by seed, over the length of the run."""
+    baselines = {
+        (r.method.rank, r.method.length): r for r in results if report.is_baseline(r.method)
+    }
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for result in results:
+        baseline = baselines.get((result.method.rank, result.method.length))
+        if baseline is not None and baseline is not result:
+            apart = report.difference(result, baseline)
+            if apart is not None:
+                name = f"{result.method.name} r={result.method.rank}"
+                steps = result.ends()[0]["steps"]
+                lines.setdefault(name, []).append((steps, *apart))
+    for (name, points), marker in zip(lines.items(), MARKERS, strict=False):
+        x, middle, half = zip(*sorted(points), strict=True)
+        axes.errorbar(x, middle, half, marker=marker, markersize=5, capsize=3, label=name)
+    axes.axhline(0, color="black", linewidth=1)
+    axes.set(xlabel="steps", xscale="log", ylabel=figure["y"])
     axes.legend(fontsize="small")

@@ -28,11 +28,13 @@ class Method(NamedTuple):
     share: float = 0.5  # the power of each singular value that goes to the input side
     ratio: float = 1.0  # rate of the output side over that of the input side
     solve: bool = False  # each cycle by its exact minimum (linear regression only)
+    length: float = 1.0  # of a published run, as a multiple of the setting's steps
 
     @property
     def label(self) -> str:
-        """Return the name with the rank, where there is one."""
-        return f"{self.name} r={self.rank}" if self.rank else self.name
+        """Return the name with the rank and the length, where there is one."""
+        length = "" if self.length == 1 else f", {self.length:g} x steps"
+        return f"{self.name}{f' r={self.rank}' if self.rank else ''}{length}"
 
 
 class Cell(NamedTuple):
@@ -47,12 +49,16 @@ class Cell(NamedTuple):
     @property
     def steps(self) -> int:
         """Return how many steps the run takes."""
-        return self.setting["tune_steps" if self.phase == "tune" else "steps"]
+        if self.phase == "tune":
+            return self.setting["tune_steps"]
+        return round(self.setting["steps"] * self.method.length)
 
     @property
     def key(self) -> str:
         """Return a digest of all that decides the result."""
-        method = self.method._asdict()
+        # Without what is at its default, so that a new field leaves old keys as they are.
+        defaults = Method._field_defaults
+        method = {k: v for k, v in self.method._asdict().items() if v != defaults.get(k)}
         del method["name"]
         decided = [self.setting, method, self.rate, self.seed, self.phase]
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]
@@ -131,9 +137,10 @@ def best_rate(experiment: Experiment, method: Method, scores: dict[str, float]) 
 
 
 def tuning(experiment: Experiment, method: Method) -> list[Cell]:
-    """Return the cells of the whole grid of one method."""
+    """Return the cells of the whole grid of one method, of one length for all of its lengths."""
+    usual = method._replace(length=1.0)
     return [
-        Cell(experiment.setting, method, rate, experiment.tune_seed, "tune")
+        Cell(experiment.setting, usual, rate, experiment.tune_seed, "tune")
         for rate in experiment.rates
     ]
 

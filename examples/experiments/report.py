@@ -10,7 +10,6 @@ from scipy.stats import t as student
 
 from . import plan, records
 
-BASELINE = "LoRA"  # differences are to the method of this name at the same rank, seed by seed
 NAMES = {
     "loss": "NLL",
     "ppl": "perplexity",
@@ -54,6 +53,11 @@ def gather(experiment: plan.Experiment, results: Path) -> list[Result]:
     return [by_method[method] for method in experiment.methods if method in by_method]
 
 
+def is_baseline(method: plan.Method) -> bool:
+    """Return whether a method is plain LoRA, which the others of its rank are compared with."""
+    return method._replace(name="", rank=0, length=1.0) == plan.Method("", "lora")
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean and the half-width of its 95% interval (Student's t)."""
     n = len(values)
@@ -84,8 +88,8 @@ def table(results: list[Result], setting: dict[str, Any]) -> str:
     heads = ["method", "values", "rate", "n", *(NAMES.get(k, k) for k in [*keys, *written])]
     if setting["task"].startswith("regression"):
         heads[4] = "relative error"
-    heads += [f"to {BASELINE} ({heads[4]})", "MiB", "time"]
-    baselines = {r.method.rank: r for r in results if r.method.name == BASELINE}
+    heads += [f"to LoRA ({heads[4]})", "MiB", "time"]
+    baselines = {(r.method.rank, r.method.length): r for r in results if is_baseline(r.method)}
     full = next((r for r in results if r.method.sampler == "full"), None)
     rows = []
     for result in results:
@@ -96,7 +100,7 @@ def table(results: list[Result], setting: dict[str, Any]) -> str:
         row = [result.method.label, f"{own[0]['trainable']:,}", rate, str(len(own))]
         row += [shown(*interval([end["test"][k] for end in own])) for k in keys]
         row += [shown(*interval([end["generated"][k] for end in own])) for k in written]
-        baseline = baselines.get(result.method.rank)
+        baseline = baselines.get((result.method.rank, result.method.length))
         apart = None
         if baseline is not None and baseline is not result:
             apart = difference(result, baseline, first)
