@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import rosa_func
 from examples.experiments import (
+    adapting,
     draws,
     generation,
     glue,
@@ -61,7 +62,6 @@ class Seen:
     def __init__(self) -> None:
         self.batches: list[Tensor] = []
         self.splits: Counter[str] = Counter()
-        self.modes: list[tuple[str, bool]] = []
 
     def load(self) -> task.Task:
         model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
@@ -81,7 +81,7 @@ class Seen:
             with torch.no_grad():
                 return {"loss": F.mse_loss(forward(torch.ones(1, 6)), torch.zeros(1, 4)).item()}
 
-        return task.Task(model, None, [], batches, loss, evaluate)
+        return task.Task(model, [], batches, loss, evaluate)
 
 
 def lines_of(method: plan.Method, phase: str = "final") -> tuple[Seen, list[records.Line]]:
@@ -116,7 +116,7 @@ class TestFairness:
     def test_one_schedule_for_all_but_where_rewarming_is_what_is_compared(self):
         def rates(method: plan.Method) -> list[float]:
             cell = plan.Cell(SETTING, method, 0.5, 0, "final")
-            resamples = set(training.cycle_starts(method, 7))
+            resamples = set(adapting.cycle_starts(method, 7))
             return [training.rate(cell, step, resamples) for step in range(7)]
 
         usual = rates(METHODS[0])
@@ -141,6 +141,44 @@ class TestFairness:
         assert torch.equal(states[4], states[1])
         assert not torch.equal(states[4], states[3])
 
+    def test_dropout_is_on_in_training_and_off_in_scores(self):
+        modes: list[tuple[str, bool]] = []
+        made = Seen().load()
+
+        class Noted(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layers = made.model
+
+            def forward(self, x: Tensor) -> Tensor:
+                modes.append(("grad" if torch.is_grad_enabled() else "no grad", self.training))
+                return self.layers(x)
+
+        cell = plan.Cell(SETTING, METHODS[2], 1e-2, 3, "final")
+        list(training.run(cell, lambda: made._replace(model=Noted())))
+        assert set(modes) == {("grad", True), ("no grad", False)}
+
+    def test_a_run_that_diverges_is_not_scored_however_well_it_began(self):
+        made = Seen().load()
+        steps = iter([1.0, 1.0, 1.0, 1.0, math.nan])
+
+        def loss(forward: task.Forward, batch: Tensor) -> Tensor:
+            return made.loss(forward, batch) * next(steps)
+
+        cell = plan.Cell(SETTING, METHODS[1], 1e-2, 3, "final")
+        lines = list(training.run(cell, lambda: made._replace(loss=loss)))
+        assert [line["event"] for line in lines] == ["start", "dev", "dev", "diverged", "end"]
+        assert "test" not in lines[-1]
+        assert records.scores({cell.key: lines}) == {cell.key: math.inf}
+
+    def test_a_cost_cell_times_the_steps_and_the_draw_and_scores_nothing(self):
+        for method in (METHODS[0], METHODS[2]):
+            seen, lines = lines_of(method, "cost")
+            assert not seen.splits
+            assert len(seen.batches) == plan.COST_STEPS + training.WARM_UP
+            assert lines[-1]["step_seconds"] > 0 and lines[-1]["peak_mib"] >= 0
+            assert (lines[-1]["draw_seconds"] > 0) == (method.every > 0)
+
     def test_every_method_searches_one_grid(self):
         cells = [plan.tuning(experiment(), method) for method in METHODS]
         assert all([cell.rate for cell in of] == RATES for of in cells)
@@ -164,10 +202,10 @@ class TestSearch:
         losses = {c.key: sum(gaps[min(i, best) : max(i, best)], 0.0) for i, c in enumerate(cells)}
         scores: dict[str, float] = {}
         for _ in range(6):
-            due = plan.search(e, method, scores)
-            assert not {cell.key for cell in due} & scores.keys()
-            scores |= {cell.key: losses[cell.key] for cell in due}
-        assert not plan.search(e, method, scores)
+            _, missing = plan.walk(e, method, scores)
+            assert not {cell.key for cell in missing} & scores.keys()
+            scores |= {cell.key: losses[cell.key] for cell in missing}
+        assert not plan.walk(e, method, scores)[1]
         assert plan.best_rate(e, method, scores) == RATES[best]
 
     def test_a_diverged_run_is_never_the_best(self):
@@ -180,16 +218,29 @@ class TestSearch:
 
     def test_published_seeds_wait_for_the_rate(self):
         e = experiment(methods=METHODS[1:3], like={METHODS[2]: METHODS[1]})
-        assert {cell.phase for cell in plan.due(e, {}, [])} == {"tune"}
+        assert {cell.phase for cell in plan.due(e, {})} == {"tune"}
         keys = [cell.key for cell in plan.tuning(e, METHODS[1])]
         scores = dict(zip(keys, [3.0, 2.0, 1.0, 2.0, 3.0, 4.0], strict=True))
-        due = plan.due(e, scores, scores)
+        due = plan.due(e, scores)
         assert [(c.method.name, c.seed, c.rate) for c in due] == [
             ("LoRA", 0, RATES[2]),
             ("ROSA", 0, RATES[2]),  # that of LoRA, by `like`
             ("LoRA", 1, RATES[2]),
             ("ROSA", 1, RATES[2]),
         ]
+
+    def test_the_costs_come_when_nothing_else_is_due(self):
+        e = experiment(rates=[1e-3], seeds=[0], methods=METHODS[1:3])
+        scores = {cell.key: 1.0 for cell in plan.due(e, {})}
+        assert [(c.method.name, c.phase) for c in plan.due(e, scores)] == [
+            ("LoRA", "cost"),
+            ("ROSA", "cost"),
+        ]
+
+    def test_lengths_of_one_method_share_one_search_whose_cells_are_due_once(self):
+        methods = [METHODS[1], METHODS[1]._replace(length=2.0)]
+        due = plan.due(experiment(methods=methods, start=dict.fromkeys(methods, RATES[2])), {})
+        assert [(c.rate, c.steps) for c in due] == [(rate, 3) for rate in RATES[1:4]]
 
     def test_the_key_is_of_all_that_decides_the_result_and_of_nothing_else(self):
         cell = plan.Cell(SETTING, METHODS[2], 1e-3, 0, "final")
@@ -206,8 +257,8 @@ class TestSearch:
     @pytest.mark.parametrize("name", plan.names())
     def test_every_file_is_an_experiment(self, name):
         e = plan.load(name)
-        assert all(rate in e.rates for rate in e.start.values())
-        assert all("test" not in e.setting["rows"] or e.setting["rows"]["dev"] for _ in [0])
+        assert len(e.methods) == len({method.label for method in e.methods})
+        assert {"task", "rows", "batch", "warmup", "eval_every"} <= e.setting.keys()
 
 
 class TestLines:
@@ -215,7 +266,11 @@ class TestLines:
         return {"cell": cell, "event": event, **fields}
 
     def test_only_finished_cells_are_read(self, tmp_path):
-        whole = [self.line("a", "start"), self.line("a", "dev", loss=2.0), self.line("a", "end")]
+        whole = [
+            self.line("a", "start"),
+            self.line("a", "dev", loss=3.0),
+            self.line("a", "end", best=2.0),
+        ]
         records.append(tmp_path / "x.jsonl", whole)
         records.append(
             tmp_path / "x.jsonl", [self.line("b", "start"), self.line("b", "dev", loss=1)]
@@ -230,21 +285,20 @@ class TestLines:
         before = path.read_bytes()
         for torn in (b'{"cell": "b", "ev', b'{"cell": "b", "event": "start"}\n{"cell"'):
             path.write_bytes(before + torn)
-            with records.locked(path):
+            with records.locked(tmp_path):
                 assert records.read(tmp_path) == {"a": whole}
             assert path.read_bytes().startswith(before)
 
     def test_a_second_runner_is_refused(self, tmp_path):
-        path = tmp_path / "x.jsonl"
         with (
-            records.locked(path),
+            records.locked(tmp_path),
             pytest.raises(SystemExit, match="another run"),
-            records.locked(path),
+            records.locked(tmp_path),
         ):
             pass
 
     def test_no_line_has_a_value_that_json_lacks(self, tmp_path):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="Out of range"):
             records.append(tmp_path / "x.jsonl", [self.line("a", "dev", loss=math.nan)])
 
 
@@ -298,8 +352,21 @@ class TestScores:
             made.evaluate(forward, split)
             sizes[split] = sum(rows)
         assert sizes == {"dev": 6, "test": 70}
+        trained: set[tuple[int, ...]] = set()
+        chosen: set[tuple[int, ...]] = set()
+
+        def note(into: set[tuple[int, ...]], **batch: Tensor) -> Any:
+            into.update(tuple(row) for row in batch["input_ids"].tolist())
+            return type("Output", (), {"logits": torch.zeros(len(batch["input_ids"]), 2)})
+
+        stream = made.batches(0)
+        for _ in range(3 * 54 // 4):
+            made.loss(lambda **batch: note(trained, **batch), next(stream))
+        made.evaluate(lambda **batch: note(chosen, **batch), "dev")
+        assert len(trained) == 54 and len(chosen) == 6
+        assert not trained & chosen
         head = [n for n, p in made.model.named_parameters() if n.startswith("classifier")]
-        state = rosa_func.init(made.model, 2, targets=made.targets, train=made.train)
+        state = rosa_func.init(made.model, 2, train=made.train)
         assert set(head) <= set(rosa_func.named_parameters(state))
 
     @given(st.lists(st.floats(-5, 5), min_size=2, max_size=8))
@@ -334,6 +401,17 @@ class TestDraws:
         A, B = draws.importance({"w": G})(W, 2, self.site())
         expected = U[:, [1, 4]] * S[[1, 4]] @ Vh[[1, 4]]
         assert torch.allclose(A @ B, expected, atol=1e-12)
+
+    def test_importance_draws_by_both_sides_of_the_gradient(self):
+        """One direction drawn: in proportion to |u^T G|^2 + |G v|^2, within 4 sigma."""
+        W = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))
+        G = randn(4, 4, seed=3)
+        energy = G.square().sum(1) + G.square().sum(0)
+        sampler, generator = draws.importance({"w": G}), torch.Generator().manual_seed(0)
+        site, n = self.site()._replace(generator=generator), 2000
+        drawn = torch.stack([sampler(W, 1, site)[0][:, 0].abs() > 0 for _ in range(n)]).sum(0)
+        p = energy / energy.sum()
+        assert ((drawn - n * p).abs() < 4 * (n * p * (1 - p)).sqrt()).all()
 
     @given(st.floats(0, 1), st.integers(0, 1))
     def test_a_share_moves_norm_between_the_sides_and_keeps_the_product(self, share, dim):

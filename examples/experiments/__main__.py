@@ -6,8 +6,9 @@
     python -m examples.experiments tiny [NAME ...]
 
 `run` goes on where it was stopped, however it was stopped. DIR has the folders e2e, eli5 and glue
-(train, dev and test.jsonl each) and gpt2_tokenizer; without --data they come from the Hub. `tiny`
-runs experiments in a few steps, on data and models that it makes in a temporary folder.
+(train, dev and test.jsonl each), gsm8k (train.jsonl) and gpt2_tokenizer; without --data they come
+from the Hub, gsm8k excepted. `tiny` runs experiments in a few steps, on data and models that it
+makes in a temporary folder.
 """
 
 import argparse
@@ -38,6 +39,8 @@ def main() -> None:
     parser.add_argument("--experiments", type=Path, default=folder, help="of the TOML files")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time")
     args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f"--jobs is a positive number of cells, got {args.jobs}")
     if args.command == "list":
         for name in plan.names(args.experiments):
             print(f"{name:20}{plan.load(name, args.experiments).title}")
@@ -49,7 +52,7 @@ def main() -> None:
         for experiment in [plan.load(name, args.experiments) for name in args.names]:
             runner.run(experiment, args.data, args.cache, args.results, args.jobs)
     elif args.command == "tiny":
-        tiny(args.names or plan.names(args.experiments), args.jobs)
+        tiny(args.names or plan.names(args.experiments), args.experiments, args.jobs)
     else:
         from . import report
 
@@ -58,7 +61,7 @@ def main() -> None:
             print(report.write(experiment, args.results, args.figures, args.page))
 
 
-def tiny(names: list[str], jobs: int) -> None:
+def tiny(names: list[str], experiments: Path, jobs: int) -> None:
     """Run experiments in their tiny form, and report on them."""
     from . import report, runner
     from . import tiny as small
@@ -66,7 +69,7 @@ def tiny(names: list[str], jobs: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         data, results = Path(folder) / "data", Path(folder) / "results"
         small.make(data)
-        for experiment in [small.shrink(plan.load(name)) for name in names]:
+        for experiment in [small.shrink(plan.load(name, experiments)) for name in names]:
             runner.run(experiment, data, Path(folder) / "bases", results, jobs)
             print(report.write(experiment, results, Path(folder) / "figures", None))
 
@@ -74,6 +77,8 @@ def tiny(names: list[str], jobs: int) -> None:
 if __name__ == "__main__":
     try:
         main()
+    except ModuleNotFoundError as error:
+        sys.exit(f'{error}: the experiments need `pip install -e ".[experiments]"`')
     except KeyboardInterrupt:
         print("interrupted: finished cells are kept, the others start again", file=sys.stderr)
         sys.exit(130)

@@ -23,9 +23,10 @@ def prose(names: list[str], data: Path | None) -> list[str]:
         if name == "eli5":
             texts += [answer for _, answer in load_rows("eli5", "train", _folder(data, "eli5"))]
         elif name == "gsm8k":
-            if data is None:
-                raise SystemExit("the corpus gsm8k is read from a folder: give --data DIR")
-            lines = (data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+            path = (data or Path()) / "gsm8k" / "train.jsonl"
+            if data is None or not path.is_file():
+                raise SystemExit(f"the corpus gsm8k is read from --data DIR/gsm8k, got {data}")
+            lines = path.read_text(encoding="utf-8").splitlines()
             rows = [json.loads(line) for line in lines]
             texts += [f"{row['question']}\n{row['answer']}" for row in rows]
         elif name == "topics":

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from . import plan, report
 from .report import Result
 
-MARKERS = "osD^vPX*<>"
+MARKERS = "osD^vPX*<>" * 9
 
 
 def draw(
@@ -22,9 +22,7 @@ def draw(
 ) -> Path:
     """Draw one figure of an experiment's file; return its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = [r for r in results if r.method.name in figure.get("methods", [r.method.name])]
-    if "rank" in figure:
-        chosen = [r for r in chosen if r.method.rank in (figure["rank"], 0)]
+    chosen = [r for r in results if r.method.rank in (figure.get("rank", r.method.rank), 0)]
     drawing, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
     {
         "curves": curves,
@@ -38,7 +36,7 @@ def draw(
         axes.set_yscale("log")
     axes.set_title(experiment.title, fontsize="medium")
     axes.grid(which="both", alpha=0.3)
-    path = folder / f"{experiment.name}-{figure.get('name', figure['kind'])}.png"
+    path = folder / f"{experiment.name}-{figure['kind']}.png"
     drawing.savefig(path, dpi=120)
     plt.close(drawing)
     return path
@@ -46,7 +44,7 @@ def draw(
 
 def curves(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
     """Draw the loss on dev over the steps: the mean over seeds, and its 95% interval."""
-    for result, marker in zip(results, MARKERS * 9, strict=False):
+    for result, marker in zip(results, MARKERS, strict=False):
         points: dict[int, list[float]] = {}
         for lines in result.runs.values():
             for line in lines:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from transformers import (
 import rosa_func
 
 from ..finetune_data import sample
-from .task import Forward, Metrics, Task
+from .task import Forward, Metrics, Task, digest
 
 Batch = dict[str, Tensor]
 FIELDS = {"CoLA": ("sentence",), "SST-2": ("sentence",)}
@@ -32,10 +33,11 @@ def load(name: str, setting: dict[str, Any], seed: int, data: Path | None) -> Ta
     directory = model_directory(setting["model"], data)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     graded = name == "STS-B"
-    options = {"num_labels": 1 if graded else 2, "problem_type": None}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of the head
-        model = AutoModelForSequenceClassification.from_pretrained(directory, **options)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            directory, num_labels=1 if graded else 2
+        )
     rows = encode(read(name, "train", data), FIELDS.get(name, PAIR), tokenizer, setting["length"])
     rows = sample(rows, setting["rows"]["train"], 0)
     tenth = len(rows) // 10
@@ -57,7 +59,7 @@ def load(name: str, setting: dict[str, Any], seed: int, data: Path | None) -> Ta
     def loss(forward: Forward, batch: Batch) -> Tensor:
         return loss_of(outputs(forward, batch), batch["labels"], graded)
 
-    return Task(model.eval(), setting.get("targets"), ["head"], batches, loss, evaluated)
+    return Task(model, ["head"], batches, loss, evaluated, digest=digest(splits))
 
 
 def model_directory(name: str, data: Path | None) -> str:
@@ -76,7 +78,10 @@ def model_directory(name: str, data: Path | None) -> str:
 def read(name: str, split: str, data: Path | None) -> list[dict[str, Any]]:
     """Return the rows of a split, from DIR/glue/NAME or from the Hub."""
     if data is not None:
-        lines = (data / "glue" / name / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        path = data / "glue" / name / f"{split}.jsonl"
+        if not path.is_file():
+            raise SystemExit(f"--data {data}: there is no {path}")
+        lines = path.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
     from datasets import load_dataset
 
@@ -123,18 +128,19 @@ def loss_of(logits: Tensor, labels: Tensor, graded: bool) -> Tensor:
 def evaluate(
     forward: Forward, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str
 ) -> Metrics:
-    """Return the task's metrics; "loss" is 1 - the one that GLUE reports."""
+    """Return the mean loss, which chooses since it is less noisy, and what GLUE reports."""
     rows = sorted(rows, key=lambda row: len(row["input_ids"]))
     batches = [collate(rows[start : start + 32], tokenizer) for start in range(0, len(rows), 32)]
     logits = torch.cat([outputs(forward, batch) for batch in batches])
     labels = torch.cat([batch["labels"] for batch in batches])
+    mean = loss_of(logits, labels, name == "STS-B").item()
     if name == "STS-B":
-        metrics = {"spearman": float(spearmanr(logits[:, 0], labels).statistic)}
-    else:
-        chosen, labels = logits.argmax(1).tolist(), labels.long().tolist()
-        metrics = {"accuracy": float(accuracy_score(labels, chosen))}
-        if name == "CoLA":
-            metrics = {"matthews": float(matthews_corrcoef(labels, chosen))} | metrics
-        if name == "MRPC":
-            metrics |= {"f1": float(f1_score(labels, chosen))}
-    return {"loss": 1 - next(iter(metrics.values())), **metrics}
+        rho = float(spearmanr(logits[:, 0], labels).statistic)
+        return {"loss": mean, "spearman": rho if math.isfinite(rho) else 0.0}  # of a constant
+    chosen, labels = logits.argmax(1).tolist(), labels.long().tolist()
+    metrics = {"accuracy": float(accuracy_score(labels, chosen))}
+    if name == "CoLA":
+        metrics = {"matthews": float(matthews_corrcoef(labels, chosen))} | metrics
+    if name == "MRPC":
+        metrics |= {"f1": float(f1_score(labels, chosen))}
+    return {"loss": mean, **metrics}

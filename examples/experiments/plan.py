@@ -7,11 +7,11 @@ run is known again, and a changed file runs only what changed.
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).parent
+COST_STEPS = 20  # that are timed
 
 
 class Method(NamedTuple):
@@ -44,13 +44,13 @@ class Cell(NamedTuple):
     method: Method
     rate: float
     seed: int
-    phase: str  # "tune" or "final"
+    phase: str  # "tune", "final" or "cost"
 
     @property
     def steps(self) -> int:
         """Return how many steps the run takes."""
-        if self.phase == "tune":
-            return self.setting["tune_steps"]
+        if self.phase != "final":
+            return self.setting["tune_steps"] if self.phase == "tune" else COST_STEPS
         return round(self.setting["steps"] * self.method.length)
 
     @property
@@ -97,14 +97,19 @@ def load(name: str, folder: Path = FOLDER) -> Experiment:
     methods, start, like = [], {}, {}
     for entry in content["method"]:
         options = {k: v for k, v in entry.items() if k not in ("ranks", "start", "like")}
+        if unknown := options.keys() - set(Method._fields):
+            raise SystemExit(f"{path}: a method has no {min(unknown)!r}, only {Method._fields}")
         for rank in entry.get("ranks", [0]):
             method = Method(**options, rank=rank)
             methods.append(method)
             start[method] = entry.get("start", rates[len(rates) // 2])
+            if start[method] not in rates:
+                raise SystemExit(f"{path}: {method.label} starts at a rate beside {rates}")
             if "like" in entry:
-                like[method] = next(
-                    m for m in methods if m.name == entry["like"] and m.rank in (rank, 0)
-                )
+                of = [m for m in methods if m.name == entry["like"] and m.rank in (rank, 0)]
+                if not of:
+                    raise SystemExit(f"{path}: {method.label} is like {entry['like']!r}: not above")
+                like[method] = of[0]
     if len({m.label for m in methods}) < len(methods):
         raise SystemExit(f"{path}: two methods have one name")
     return Experiment(
@@ -130,10 +135,8 @@ def best_rate(experiment: Experiment, method: Method, scores: dict[str, float]) 
         return best_rate(experiment, experiment.like[method], scores)
     if len(experiment.rates) == 1:
         return experiment.rates[0]
-    if search(experiment, method, scores):
-        return None
-    tried = {c.rate: scores[c.key] for c in tuning(experiment, method) if c.key in scores}
-    return min(tried, key=lambda rate: tried[rate])
+    tried, missing = walk(experiment, method, scores)
+    return None if missing else min(tried, key=lambda cell: scores[cell.key]).rate
 
 
 def tuning(experiment: Experiment, method: Method) -> list[Cell]:
@@ -145,26 +148,40 @@ def tuning(experiment: Experiment, method: Method) -> list[Cell]:
     ]
 
 
-def search(experiment: Experiment, method: Method, scores: dict[str, float]) -> list[Cell]:
-    """Return the cells of the grid that are to be run next: none when the search is at its end.
+def walk(
+    experiment: Experiment, method: Method, scores: dict[str, float]
+) -> tuple[list[Cell], list[Cell]]:
+    """Return the cells of the search for a rate that were run, and those to be run next.
 
-    From its start the search goes on in both directions until the best rate has a worse one on
-    either side, or the grid ends. Scores are losses on dev, by key; a run that diverged has inf.
+    From its start and the two beside it the search goes on until the best rate has a worse one on
+    either side, or the grid ends: then none is to be run. Which cells it takes depends on their
+    scores alone, not on the order in which they end. Scores are losses on dev, by key; a run
+    that diverged has inf.
     """
-    if method in experiment.like or len(experiment.rates) == 1:
-        return []
     cells = tuning(experiment, method)
-    if not any(cell.key in scores for cell in cells):
-        first = experiment.rates.index(experiment.start[method])
-        return cells[max(0, first - 1) : first + 2]
-    at = min(range(len(cells)), key=lambda i: scores.get(cells[i].key, float("inf")))
-    return [c for c in cells[max(0, at - 1) : at + 2] if c.key not in scores]
+    at = experiment.rates.index(experiment.start[method])
+    tried: list[Cell] = []
+    while True:
+        beside = [cell for cell in cells[max(0, at - 1) : at + 2] if cell not in tried]
+        missing = [cell for cell in beside if cell.key not in scores]
+        if missing or not beside:
+            return tried, missing
+        tried += beside
+        at = cells.index(min(tried, key=lambda cell: scores[cell.key]))
 
 
-def due(experiment: Experiment, scores: dict[str, float], done: Iterable[str]) -> list[Cell]:
-    """Return the cells that can be run now and were not run yet: those of the searches first."""
-    tune = [cell for m in experiment.methods for cell in search(experiment, m, scores)]
-    return tune + [cell for cell in finals(experiment, scores) if cell.key not in set(done)]
+def due(experiment: Experiment, scores: dict[str, float]) -> list[Cell]:
+    """Return the cells that can be run now: those of the searches, the published ones, the costs.
+
+    The costs come last and when nothing else is due, so that they are measured alone.
+    """
+    searched = [m for m in experiment.methods if m not in experiment.like]
+    tune = [
+        c for m in searched if len(experiment.rates) > 1 for c in walk(experiment, m, scores)[1]
+    ]
+    cells = {cell.key: cell for cell in [*tune, *finals(experiment, scores)]}  # each once
+    left = [cell for key, cell in cells.items() if key not in scores]
+    return left or [cell for cell in costs(experiment) if cell.key not in scores]
 
 
 def finals(experiment: Experiment, scores: dict[str, float]) -> list[Cell]:
@@ -176,3 +193,9 @@ def finals(experiment: Experiment, scores: dict[str, float]) -> list[Cell]:
         for method, rate in rates.items()
         if rate is not None
     ]
+
+
+def costs(experiment: Experiment) -> list[Cell]:
+    """Return the cells that measure time and memory, one for each method that takes steps."""
+    methods = [m._replace(length=1.0) for m in experiment.methods if not m.solve]
+    return [Cell(experiment.setting, method, 0.0, 0, "cost") for method in dict.fromkeys(methods)]

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,17 +12,17 @@ Line = dict[str, Any]
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keep a second runner from the same file, and cut off a line that a kill left torn."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second runner from the folder, and cut off lines that a kill left torn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as lock:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SystemExit(f"{path} is being written by another run: wait for it") from None
-        file.seek(0)
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
+            raise SystemExit(f"another run writes to {folder}: wait for it") from None
+        for path in folder.glob("*.jsonl"):
+            with path.open("r+b") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
         yield
 
 
@@ -34,19 +35,18 @@ def append(path: Path, lines: list[Line]) -> None:
 
 def read(folder: Path) -> dict[str, list[Line]]:
     """Return the lines of every finished cell by its key, whichever experiment ran it."""
-    cells: dict[str, list[Line]] = {}
+    finished: dict[str, list[Line]] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for text in path.read_text(encoding="utf-8").splitlines():
+        lines: list[Line] = []
+        for text in path.read_text(encoding="utf-8").split("\n")[:-1]:  # the last one may be torn
             line = json.loads(text)
-            if line["event"] == "start":  # what stood there before was not finished
-                cells[line["cell"]] = []
-            cells[line["cell"]].append(line)
-    return {key: lines for key, lines in cells.items() if lines[-1]["event"] == "end"}
+            lines = [line] if line["event"] == "start" else [*lines, line]
+            if line["event"] == "end":
+                finished[line["cell"]] = lines
+    return finished
 
 
 def scores(cells: dict[str, list[Line]]) -> dict[str, float]:
     """Return the best loss on dev of each cell; inf where it diverged."""
-    return {
-        key: min((x["loss"] for x in lines if x["event"] == "dev"), default=float("inf"))
-        for key, lines in cells.items()
-    }
+    bests = {key: lines[-1]["best"] for key, lines in cells.items()}
+    return {key: math.inf if best is None else best for key, best in bests.items()}

@@ -55,7 +55,7 @@ def load(name: str, setting: dict[str, Any], seed: int) -> Task:
     x, _ = data["train"]
     L = torch.linalg.cholesky(x.T @ x)
     exact = partial(solve, optimum=optima[0].to(dtype), L=L) if name == "linear" else None
-    return Task(model, None, [], batches, loss, evaluate, solve=exact)
+    return Task(model, [], batches, loss, evaluate, solve=exact)
 
 
 def network(weights: list[Tensor]) -> nn.Sequential:

@@ -1,9 +1,10 @@
 """Tables and figures, from the lines of the finished cells alone."""
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from scipy.stats import t as student
@@ -24,13 +25,31 @@ NAMES = {
 }
 
 
+CAPTION = """\
+rate: the best of one grid for all methods, by dev, on one seed beside those published (* at an end
+of the grid, = taken over from another method); n: seeds; ±: 95% interval of the mean (Student's t);
+to LoRA: difference to LoRA of the same rank and length, paired by seed; MiB: peak of training above
+the imports; time: of a whole run with its draws over full fine-tuning's, from the median step,
+measured with nothing else running. {policy}"""
+POLICIES = {
+    "regression": "All weights are matrices; there are no biases.",
+    "glue": "full trains every parameter; the others the matrices of the encoder's linear layers "
+    "and the new head, at one rate, with embeddings, biases and norms frozen.",
+}
+POLICY = (
+    "full trains every parameter; the others the matrices of the linear layers, with embeddings, "
+    "biases and norms frozen."
+)
+
+
 class Result(NamedTuple):
-    """The finished published cells of one method, one for each seed, and its rate."""
+    """What was published of one method: its rate, its finished runs by seed, and its cost."""
 
     method: plan.Method
     rate: float
-    edge: bool  # the rate is at an end of the grid
+    mark: str  # what there is to say of the rate
     runs: dict[int, list[records.Line]]
+    cost: records.Line | None
 
     def ends(self) -> list[records.Line]:
         """Return the last line of each run that did not diverge."""
@@ -40,16 +59,24 @@ class Result(NamedTuple):
 def gather(experiment: plan.Experiment, results: Path) -> list[Result]:
     """Return what was run of an experiment as its file stands now."""
     cells = records.read(results)
-    scores = records.scores(cells)
+    ends_of_grid = (min(experiment.rates), max(experiment.rates))
+    costs = {
+        cell.method: cells[cell.key][-1] for cell in plan.costs(experiment) if cell.key in cells
+    }
     by_method: dict[plan.Method, Result] = {}
-    for cell in plan.finals(experiment, scores):
-        if cell.key in cells:
-            edge = (
-                len(experiment.rates) > 1
-                and cell.rate in experiment.rates[:: len(experiment.rates) - 1]
-            )
-            result = by_method.setdefault(cell.method, Result(cell.method, cell.rate, edge, {}))
-            result.runs[cell.seed] = cells[cell.key]
+    for cell in plan.finals(experiment, records.scores(cells)):
+        if cell.key not in cells:
+            continue
+        searched = len(experiment.rates) > 1
+        mark = "=" if cell.method in experiment.like else "*" if cell.rate in ends_of_grid else ""
+        cost = costs.get(cell.method._replace(length=1.0))
+        new = Result(cell.method, cell.rate, mark if searched else "", {}, cost)
+        by_method.setdefault(cell.method, new).runs[cell.seed] = cells[cell.key]
+    if len({lines[0]["data"] for r in by_method.values() for lines in r.runs.values()}) > 1:
+        raise SystemExit(
+            f"the cells of {experiment.name} are of different data or base models and cannot be "
+            "compared: run them again on one, in an empty folder of results"
+        )
     return [by_method[method] for method in experiment.methods if method in by_method]
 
 
@@ -77,46 +104,49 @@ def difference(result: Result, baseline: Result, key: str = "loss") -> tuple[flo
 
 
 def table(results: list[Result], setting: dict[str, Any]) -> str:
-    """Return the table of an experiment as Markdown."""
+    """Return the table of an experiment as Markdown, with what its columns mean."""
     ends = [end for result in results for end in result.ends()]
     if not ends:
         return "(no finished cell)"
-    language = "ppl" in ends[0]["test"]
-    keys = [k for k in ends[0]["test"] if k != "loss" or len(ends[0]["test"]) == 1 or language]
+    task = setting["task"].partition("/")[0]
+    keys = [key for key in ends[0]["test"] if key != "loss" or task != "glue"]
     written = list(ends[0].get("generated", {}))
-    first = keys[0]
-    heads = ["method", "values", "rate", "n", *(NAMES.get(k, k) for k in [*keys, *written])]
-    if setting["task"].startswith("regression"):
-        heads[4] = "relative error"
-    heads += [f"to LoRA ({heads[4]})", "MiB", "time"]
+    names = NAMES | ({"loss": "relative error"} if task == "regression" else {})
+    heads = ["method", "values", "rate", "n", *(names.get(key, key) for key in [*keys, *written])]
+    heads += [f"to LoRA ({names.get(keys[0], keys[0])})", "MiB", "time"]
     baselines = {(r.method.rank, r.method.length): r for r in results if is_baseline(r.method)}
     full = next((r for r in results if r.method.sampler == "full"), None)
     rows = []
     for result in results:
-        own = result.ends()
-        if not own:
-            continue
-        rate = "" if result.method.solve else f"{result.rate:g}{'*' if result.edge else ''}"
-        row = [result.method.label, f"{own[0]['trainable']:,}", rate, str(len(own))]
-        row += [shown(*interval([end["test"][k] for end in own])) for k in keys]
-        row += [shown(*interval([end["generated"][k] for end in own])) for k in written]
-        baseline = baselines.get((result.method.rank, result.method.length))
+        own, method = result.ends(), result.method
+        diverged = len(result.runs) - len(own)
+        n = f"{len(own)}{f' ({diverged} diverged)' if diverged else ''}"
+        rate = "" if method.solve else f"{result.rate:g}{result.mark}"
+        values = f"{next(iter(result.runs.values()))[-1]['trainable']:,}"
+        row = [method.label, values, rate, n]
+        for part, key in [("test", k) for k in keys] + [("generated", k) for k in written]:
+            row.append(shown(*interval([end[part][key] for end in own])) if own else "")
+        baseline = baselines.get((method.rank, method.length))
         apart = None
         if baseline is not None and baseline is not result:
-            apart = difference(result, baseline, first)
+            apart = difference(result, baseline, keys[0])
         row.append(shown(*apart, sign=True) if apart else "")
-        row.append(f"{median(end['peak_mib'] for end in own):.0f}")
-        row.append(f"{time_ratio(result, full):.2f}" if full and full.ends() else "")
-        rows.append(row)
+        row.append(f"{result.cost['peak_mib']:.0f}" if result.cost else "")
+        ratio = time_ratio(result, full) if full else None
+        rows.append([*row, f"{ratio:.2f}" if ratio else ""])
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{text}\n\n{CAPTION.format(policy=POLICIES.get(task, POLICY))}"
 
 
-def time_ratio(result: Result, full: Result) -> float:
-    """Return the median over seeds of the time of all steps over that of full fine-tuning."""
-    seconds = {s: lines[-1]["seconds"] for s, lines in full.runs.items()}
-    typical = median(seconds.values())
-    return median(r[-1]["seconds"] / seconds.get(s, typical) for s, r in result.runs.items())
+def time_ratio(result: Result, full: Result) -> float | None:
+    """Return the time of a whole run, draws included, over that of full fine-tuning."""
+    if result.cost is None or full.cost is None or not result.ends():
+        return None
+    end = result.ends()[0]
+    seconds = end["steps"] * result.cost["step_seconds"]
+    seconds += end["cycles"] * result.cost["draw_seconds"]
+    return float(seconds / (end["steps"] * full.cost["step_seconds"]))
 
 
 def shown(value: float, half: float, sign: bool = False) -> str:
@@ -141,10 +171,14 @@ def write(experiment: plan.Experiment, results: Path, figures: Path, page: Path 
     found = gather(experiment, results)
     text = table(found, experiment.setting)
     drawn = [drawing.draw(f, experiment, found, figures) for f in experiment.figures if found]
-    if page is not None and page.exists():
+    if page is not None:
         start, end = f"<!-- {experiment.name} -->", f"<!-- end of {experiment.name} -->"
-        old = page.read_text(encoding="utf-8")
+        old = page.read_text(encoding="utf-8") if page.exists() else ""
         place = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-        page.write_text(place.sub(lambda _: f"{start}\n{text}\n{end}", old), encoding="utf-8")
+        new, found_places = place.subn(lambda _: f"{start}\n{text}\n{end}", old)
+        if found_places:
+            page.write_text(new, encoding="utf-8")
+        else:
+            print(f"{page} has no place for this table: {start} ... {end}", file=sys.stderr)
     done = "\n".join(f"figure: {path}" for path in drawn)
     return f"{experiment.name}: {experiment.title}\n{text}\n{done}"

@@ -1,8 +1,10 @@
 """Run the cells of an experiment that were not run yet, several at a time."""
 
 import json
+import math
 import multiprocessing
 import os
+import signal
 import sys
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -28,19 +30,23 @@ def run(
     context.set_forkserver_preload(PRELOADED)
     steps = context.Value("l", 0)
     path, under_way = results / f"{experiment.name}.jsonl", results / "under-way"
-    threads = max(1, (os.cpu_count() or 1) // jobs)
     running: dict[int, tuple[BaseProcess, plan.Cell]] = {}
-    finished = 0
-    with records.locked(path), tqdm(unit="step", desc=experiment.name, dynamic_ncols=True) as bar:
+    failed: dict[str, str] = {}
+    taken = 0
+    with (
+        records.locked(results),
+        tqdm(unit="step", desc=experiment.name, dynamic_ncols=True) as bar,
+    ):
         under_way.mkdir(exist_ok=True)
         cells = records.read(results)
         try:
             while True:
+                due = plan.due(experiment, records.scores(cells))
                 now = {cell.key for _, cell in running.values()}
-                due = plan.due(experiment, records.scores(cells), cells)
-                waiting = [cell for cell in due if cell.key not in now]
-                while waiting and len(running) < jobs:
+                waiting = [c for c in due if c.key not in now and c.key not in failed]
+                while waiting and len(running) < (jobs if waiting[0].phase != "cost" else 1):
                     cell = waiting.pop(0)
+                    threads = max(1, (os.cpu_count() or 1) // (1 if cell.phase == "cost" else jobs))
                     # A fresh process for each cell, so that its peak memory is its own.
                     arguments = (cell, data, cache, under_way, steps, threads)
                     process = context.Process(target=_work, args=arguments)
@@ -48,31 +54,38 @@ def run(
                     running[process.sentinel] = process, cell
                 if not running:
                     break
-                bar.total = finished + sum(cell.steps for cell in due) + _ahead(experiment, cells)
-                bar.set_postfix(finished=len(cells), waiting=len(waiting), refresh=False)
+                bar.total = taken + sum(cell.steps for cell in due) + _ahead(experiment, cells)
+                bar.set_postfix(waiting=len(waiting), refresh=False)
                 for sentinel in wait(list(running), timeout=1.0):
                     process, cell = running.pop(sentinel)
-                    cells[cell.key] = _finished(process, cell, under_way)
-                    records.append(path, cells[cell.key])
-                    finished += cell.steps
-                    bar.write(_said(cell, cells[cell.key][-1]), file=sys.stderr)
+                    process.join()
+                    taken += cell.steps
+                    if process.exitcode:
+                        failed[cell.key] = f"{_named(cell)}: exit code {process.exitcode}"
+                        continue
+                    cells[cell.key] = _finish(under_way / f"{cell.key}.jsonl", path)
+                    bar.write(f"{_named(cell)}: {_said(cells[cell.key][-1])}", file=sys.stderr)
                 bar.update(steps.value - bar.n)
         finally:
             for process, _ in running.values():
                 process.kill()
+    if failed:
+        reasons = "\n".join(failed.values())
+        raise SystemExit(f"{len(failed)} cells of {experiment.name} failed, see above:\n{reasons}")
 
 
 def _ahead(experiment: plan.Experiment, cells: dict[str, Any]) -> int:
     """Return the steps of the published cells of methods whose rate is still searched for."""
     known = {cell.method for cell in plan.finals(experiment, records.scores(cells))}
-    unknown = sum(method not in known for method in experiment.methods)
-    return unknown * len(experiment.seeds) * experiment.setting["steps"]
+    lengths = [method.length for method in experiment.methods if method not in known]
+    return round(sum(lengths) * len(experiment.seeds) * experiment.setting["steps"])
 
 
 def _work(
     cell: plan.Cell, data: Path | None, cache: Path, folder: Path, steps: Any, threads: int
 ) -> None:
     """Run a cell in a process of its own; its lines go to a file as they come."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the runner's to act on
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
     from transformers.utils import logging
@@ -85,33 +98,50 @@ def _work(
     logging.disable_progress_bar()
     parent = os.getppid()
 
-    def tick() -> None:
+    def check_parent() -> None:
         if os.getppid() != parent:  # the runner was killed
             os._exit(1)
+
+    def tick() -> None:
+        check_parent()
         with steps.get_lock():
             steps.value += 1
 
     def load() -> task.Task:
         return task.load(cell.setting, cell.seed, data, cache)
 
-    with (folder / f"{cell.key}.jsonl").open("w", encoding="utf-8") as file:
+    path = folder / f"{cell.key}.jsonl"
+    path.unlink(missing_ok=True)  # so that a worker of a killed runner writes to no file of ours
+    with path.open("w", encoding="utf-8") as file:
         for line in training.run(cell, load, tick):
-            file.write(json.dumps(line) + "\n")
+            check_parent()
+            file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
             file.flush()
 
 
-def _finished(process: BaseProcess, cell: plan.Cell, folder: Path) -> list[records.Line]:
-    """Return the lines of a process that has ended."""
-    process.join()
-    path = folder / f"{cell.key}.jsonl"
-    if process.exitcode:
-        raise SystemExit(f"{cell.method.label}, rate {cell.rate:g}, seed {cell.seed} failed: above")
+def _finite(value: Any) -> Any:
+    """Return the value with null for every number that JSON lacks."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _finish(path: Path, results: Path) -> list[records.Line]:
+    """Move the lines of a cell that has ended to those of the experiment."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records.append(results, lines)
     path.unlink()
     return lines
 
 
-def _said(cell: plan.Cell, end: records.Line) -> str:
+def _named(cell: plan.Cell) -> str:
+    return f"{cell.method.label}, rate {cell.rate:g}, seed {cell.seed}, {cell.phase}"
+
+
+def _said(end: records.Line) -> str:
+    if "step_seconds" in end:
+        return f"{end['step_seconds']:.3g} s a step, peak {end['peak_mib']:.0f} MiB"
     best = "diverged" if end["best"] is None else f"dev loss {end['best']:.4g}"
-    where = f"{cell.method.label}, rate {cell.rate:g}, seed {cell.seed}, {cell.phase}"
-    return f"{where}: {best} in {end['seconds']:.0f} s"
+    return f"{best} in {end['seconds']:.0f} s"

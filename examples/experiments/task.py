@@ -1,5 +1,6 @@
 """What a task is to the training loop, and the tasks by name."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,22 +16,31 @@ class Task(NamedTuple):
     """A model, its data, and how they are scored; nothing in it depends on the method."""
 
     model: nn.Module
-    targets: list[str] | None  # the weights that are adapted, as in rosa_func.init
     train: list[str]  # what every method trains in full: a head that starts at random
     batches: Callable[[int], Iterator[Any]]  # from the seed, without end
     loss: Callable[[Forward, Any], Tensor]
     evaluate: Callable[[Forward, str], Metrics]  # of a split; "loss" is what chooses
-    generate: Callable[[dict[str, Tensor]], Metrics] | None = None  # from merged weights
+    generate: Callable[[nn.Module], Metrics] | None = None  # by a merged model
     solve: Callable[[TensorDict], None] | None = None  # the factors' exact minimum, in place
+    digest: str = ""  # of the data, where it does not come from the seed
 
 
 def load(setting: dict[str, Any], seed: int, data: Path | None, cache: Path) -> Task:
     """Return the task of an experiment; the seed is that of a new head."""
-    from . import glue, regression, text
-
     kind, _, name = setting["task"].partition("/")
     if kind == "regression":
+        from . import regression
+
         return regression.load(name, setting, seed)
     if kind == "glue":
+        from . import glue
+
         return glue.load(name, setting, seed, data)
+    from . import text
+
     return text.load(kind, setting, data, cache)
+
+
+def digest(*values: Any) -> str:
+    """Return a digest of rows, names and numbers."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+import rosa_func
+
 from .. import finetune_data as shared
 from . import base, corpora
-from .task import Forward, Metrics, Task
+from .task import Forward, Metrics, Task, digest
 
 Batch = dict[str, Tensor]
 Examples = list[shared.Example]
@@ -27,7 +29,7 @@ def load(kind: str, setting: dict[str, Any], data: Path | None, cache: Path) -> 
     if setting.get("generate"):
         from . import generation
 
-        generate = partial(generation.score, model, tokenizer, setting, data)
+        generate = partial(generation.score, tokenizer=tokenizer, setting=setting, data=data)
 
     def batches(seed: int) -> Iterator[Batch]:
         return shared.batches(splits["train"], setting["batch"], seed, 0)
@@ -35,7 +37,9 @@ def load(kind: str, setting: dict[str, Any], data: Path | None, cache: Path) -> 
     def evaluated(forward: Forward, split: str) -> Metrics:
         return evaluate(forward, splits[split])
 
-    return Task(model, setting.get("targets"), [], batches, loss, evaluated, generate)
+    weights = rosa_func.tree.digest({}, dict(model.named_parameters()))
+    identity = digest(weights, splits)
+    return Task(model, [], batches, loss, evaluated, generate, digest=identity)
 
 
 def load_model(name: str, data: Path | None, cache: Path) -> tuple[Any, PreTrainedTokenizerBase]:

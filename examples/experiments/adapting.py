@@ -1,0 +1,143 @@
+"""What a method does to a model: its first draw, its steps and its resamples."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+import rosa_func
+from rosa_func.samplers import Sampler
+
+from . import draws
+from .plan import Cell, Method
+from .task import Metrics, Task
+
+GRADIENT_BATCHES = 4  # for the draws that look at the gradient
+PRUNED = 0.9  # of the moments, where they are pruned; ReLoRA's choice
+
+
+class Run:
+    """The state of a method and its optimizer. The task's own model is not held."""
+
+    def __init__(self, task: Task, cell: Cell) -> None:
+        """Draw the first subspaces, or take every parameter for full fine-tuning."""
+        self.cell, self.batches, self.loss = cell, task.batches, task.loss
+        self.evaluated, self.solve, self.model = task.evaluate, task.solve, task.model
+        if cell.method.sampler == "full":
+            self.state = everything(task.model)
+        else:
+            options = {"targets": None, "train": task.train, "key": cell.seed}
+            options["sampler"] = self.sampler(lambda: dict(task.model.named_parameters()), 0)
+            self.state = rosa_func.init(task.model, cell.method.rank, **options)
+        self.model = rosa_func.skeleton(task.model)  # the weights are in the state from here on
+        self.optimizer = torch.optim.AdamW(self.groups(), weight_decay=0.0)
+        leaves = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.trainable = sum(leaf.numel() for leaf in leaves)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model with the state of the moment."""
+        return rosa_func.call(self.model, self.state, *args, **kwargs)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return the parameters by side, since a side may have a rate of its own or none."""
+        method = self.cell.method
+        sides: dict[str, list[Tensor]] = {"input": [], "output": [], "full": []}
+        rosa_func.parameters(self.state)  # sets requires_grad
+        for name, value in self.state["trainable"].items():
+            if isinstance(value, Tensor):
+                sides["full"].append(value)
+            else:
+                order = "AB" if int(self.state["input_dim", name]) == 0 else "BA"
+                sides["input"].append(value[order[0]])
+                sides["output"].append(value[order[1]])
+        if method.train != "both":
+            for leaf in sides.pop("output" if method.train == "input" else "input"):
+                leaf.requires_grad_(False)
+        times = {"output": method.ratio}
+        return [
+            {"params": leaves, "times": times.get(side, 1.0)}
+            for side, leaves in sides.items()
+            if leaves
+        ]
+
+    def sampler(self, weights: Callable[[], dict[str, Tensor]], step: int) -> Sampler:
+        """Return the method's sampler; `weights`, for a gradient, is called where one is needed."""
+        method = self.cell.method
+        if method.sampler in ("aligned", "importance"):
+            sampler = getattr(draws, method.sampler)(self.gradients(weights(), step))
+        else:
+            sampler = getattr(rosa_func.samplers, method.sampler)
+        return sampler if method.share == 0.5 else draws.shared(sampler, method.share)
+
+    def gradients(self, weights: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Return the sum of the gradients by each matrix over a few batches of the draw's own."""
+        self.model.eval()
+        leaves = {n: w.detach().requires_grad_() for n, w in weights.items() if w.ndim >= 2}
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return torch.func.functional_call(self.model, weights | leaves, args, kwargs)
+
+        for batch in islice(self.batches(draw_seed(self.cell.seed, step)), GRADIENT_BATCHES):
+            self.loss(forward, batch).backward(inputs=list(leaves.values()))
+        return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+    def resample(self, step: int) -> None:
+        """Begin a cycle; the schedule and the order of the data go on."""
+        method = self.cell.method
+        sampler = self.sampler(lambda: rosa_func.merge(self.state), step)
+        key = rosa_func.fold_in(self.cell.seed, step)
+        new = rosa_func.resample(self.state, key, sampler=sampler)
+        if not method.solve:
+            pruned = {"fraction": PRUNED} if method.moments == "prune" else {}
+            rosa_func.optim.rebind(
+                self.optimizer, self.state, new, moments=method.moments, **pruned
+            )
+        self.state = new
+
+    def train(self, batch: Any, rate: float) -> float:
+        """Take one step of AdamW, or solve the cycle; return the loss before it."""
+        if self.cell.method.solve:
+            assert self.solve is not None, "this task has no exact solution"
+            self.solve(self.state)
+            return 0.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["times"]
+        self.model.train()
+        loss = self.loss(self.forward, batch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    def evaluate(self, split: str) -> Metrics:
+        """Score the state of the moment, with dropout off."""
+        self.model.eval()
+        return self.evaluated(self.forward, split)
+
+    def snapshot(self) -> TensorDict:
+        """Return the state with copies of what is trained; the residuals are shared."""
+        return self.state.replace({"trainable": self.state["trainable"].detach().clone()})
+
+
+def draw_seed(seed: int, step: int) -> int:
+    """Return the seed of the batches that a draw looks at, so that training's order stays."""
+    return rosa_func.fold_in(seed, "draw", step) % 2**31
+
+
+def cycle_starts(method: Method, steps: int) -> Iterator[int]:
+    """Yield the steps before which new subspaces are drawn."""
+    at, length = 0.0, float(method.every)
+    while method.every and (at := at + length) < steps:
+        yield round(at)
+        length *= method.growth
+
+
+def everything(model: nn.Module) -> TensorDict:
+    """Return a state of which every parameter is trained in full."""
+    values = {name: p.detach().clone() for name, p in model.named_parameters()}
+    kept = model.state_dict().keys()
+    buffers = {name: b for name, b in model.named_buffers() if name in kept}
+    return TensorDict({"frozen": buffers, "trainable": values, "input_dim": {}})
