@@ -24,14 +24,7 @@ def draw(
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [r for r in results if r.method.rank in (figure.get("rank", r.method.rank), 0)]
     drawing, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
-    {
-        "curves": curves,
-        "ranks": ranks,
-        "bars": bars,
-        "spectra": spectra,
-        "growth": growth,
-        "crossing": crossing,
-    }[figure["kind"]](axes, chosen, figure)
+    KINDS[figure["kind"]](axes, chosen, figure)
     if figure.get("log"):
         axes.set_yscale("log")
     axes.set_title(experiment.title, fontsize="medium")
@@ -148,3 +141,29 @@ def crossing(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
     axes.axhline(0, color="black", linewidth=1)
     axes.set(xlabel="steps", xscale="log", ylabel=figure["y"])
     axes.legend(fontsize="small")
+
+
+def draws(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
+    """Draw the share of a run's time that goes into drawing subspaces."""
+    found = [
+        (result.method.label, end["cycles"] * cost["draw_seconds"], end["steps"] * step)
+        for result in results[::-1]
+        for end in result.ends()[:1]
+        if (cost := result.cost) and cost["draw_seconds"] and (step := cost["step_seconds"])
+    ]
+    shares = [100 * drawing / (drawing + stepping) for _, drawing, stepping in found]
+    bars = axes.barh([name for name, _, _ in found], shares)
+    axes.bar_label(bars, [f" {share:.2g}%" for share in shares])
+    axes.set_xlabel(figure["y"])
+    axes.margins(x=0.15)
+
+
+KINDS = {
+    "curves": curves,
+    "ranks": ranks,
+    "bars": bars,
+    "spectra": spectra,
+    "growth": growth,
+    "crossing": crossing,
+    "draws": draws,
+}
