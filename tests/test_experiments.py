@@ -187,6 +187,8 @@ class TestFairness:
     def test_trainable_values_are_those_of_the_optimizer(self):
         values = {method.name: lines_of(method)[1][-1]["trainable"] for method in METHODS}
         assert values["full"] == 6 * 5 + 5 + 5 * 4 + 4
+        matrices = plan.Method("matrices", "full", train="matrices")
+        assert lines_of(matrices)[1][-1]["trainable"] == 6 * 5 + 5 * 4
         assert values["LoRA"] == values["ROSA"] == 2 * (6 + 5 + 5 + 4)
         assert values["aligned"] == 2 * (5 + 4)  # the output side alone
 

@@ -27,7 +27,7 @@ class Run:
         self.cell, self.batches, self.loss = cell, task.batches, task.loss
         self.evaluated, self.solve, self.model = task.evaluate, task.solve, task.model
         if cell.method.sampler == "full":
-            self.state = everything(task.model)
+            self.state = everything(task.model, alone=cell.method.train == "matrices")
         else:
             options = {"targets": None, "train": task.train, "key": cell.seed}
             options["sampler"] = self.sampler(lambda: dict(task.model.named_parameters()), 0)
@@ -53,7 +53,7 @@ class Run:
                 order = "AB" if int(self.state["input_dim", name]) == 0 else "BA"
                 sides["input"].append(value[order[0]])
                 sides["output"].append(value[order[1]])
-        if method.train != "both":
+        if method.train in ("input", "output"):
             for leaf in sides.pop("output" if method.train == "input" else "input"):
                 leaf.requires_grad_(False)
         times = {"output": method.ratio}
@@ -135,9 +135,12 @@ def cycle_starts(method: Method, steps: int) -> Iterator[int]:
         length *= method.growth
 
 
-def everything(model: nn.Module) -> TensorDict:
-    """Return a state of which every parameter is trained in full."""
-    values = {name: p.detach().clone() for name, p in model.named_parameters()}
+def everything(model: nn.Module, alone: bool = False) -> TensorDict:
+    """Return a state that trains every parameter, or alone those that factors would adapt."""
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    adapted = rosa_func.init(model, 1, sampler=rosa_func.samplers.lora)["input_dim"].keys()
+    full = {name: w.clone() for name, w in weights.items() if not alone or name in adapted}
     kept = model.state_dict().keys()
-    buffers = {name: b for name, b in model.named_buffers() if name in kept}
-    return TensorDict({"frozen": buffers, "trainable": values, "input_dim": {}})
+    frozen = {name: b for name, b in model.named_buffers() if name in kept}
+    frozen |= {name: w for name, w in weights.items() if name not in full}
+    return TensorDict({"frozen": frozen, "trainable": full, "input_dim": {}})

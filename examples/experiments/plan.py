@@ -24,7 +24,9 @@ class Method(NamedTuple):
     growth: float = 1.0  # each cycle is that many times as long as the one before
     moments: str = "reset"  # at a resample, as in rosa_func.optim.rebind
     rewarm: int = 0  # steps of warm-up after each resample
-    train: str = "both"  # or "input" or "output": the side of the factors that is trained
+    train: str = (
+        "both"  # or one side of the factors, "input" or "output"; of full, "matrices" alone
+    )
     share: float = 0.5  # the power of each singular value that goes to the input side
     ratio: float = 1.0  # rate of the output side over that of the input side
     solve: bool = False  # each cycle by its exact minimum (linear regression only)

@@ -115,7 +115,7 @@ def table(results: list[Result], setting: dict[str, Any]) -> str:
     heads = ["method", "values", "rate", "n", *(names.get(key, key) for key in [*keys, *written])]
     heads += [f"to LoRA ({names.get(keys[0], keys[0])})", "MiB", "time"]
     baselines = {(r.method.rank, r.method.length): r for r in results if is_baseline(r.method)}
-    full = next((r for r in results if r.method.sampler == "full"), None)
+    full = next((r for r in results if r.method.label == "full"), None)
     rows = []
     for result in results:
         own, method = result.ends(), result.method
