@@ -138,8 +138,10 @@ def cycle_starts(method: Method, steps: int) -> Iterator[int]:
 def everything(model: nn.Module, alone: bool = False) -> TensorDict:
     """Return a state that trains every parameter, or alone those that factors would adapt."""
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    adapted = rosa_func.init(model, 1, sampler=rosa_func.samplers.lora)["input_dim"].keys()
-    full = {name: w.clone() for name, w in weights.items() if not alone or name in adapted}
+    chosen = weights.keys()
+    if alone:
+        chosen = rosa_func.init(model, 1, sampler=rosa_func.samplers.lora)["input_dim"].keys()
+    full = {name: weights[name].clone() for name in chosen}
     kept = model.state_dict().keys()
     frozen = {name: b for name, b in model.named_buffers() if name in kept}
     frozen |= {name: w for name, w in weights.items() if name not in full}
