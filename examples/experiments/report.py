@@ -134,8 +134,9 @@ def table(results: list[Result], setting: dict[str, Any]) -> str:
         row.append(f"{result.cost['peak_mib']:.0f}" if result.cost else "")
         ratio = time_ratio(result, full) if full else None
         rows.append([*row, f"{ratio:.2f}" if ratio else ""])
+    told = [i for i in range(len(heads)) if any(row[i] for row in rows)]
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = "\n".join("| " + " | ".join(line[i] for i in told) + " |" for line in lines)
     return f"{text}\n\n{CAPTION.format(policy=POLICIES.get(task, POLICY))}"
 
 
