@@ -482,3 +482,42 @@ class TestRunner:
         found = {r.method.name: r for r in report.gather(plan.load("theorem", ran), ran)}
         assert all(end["test"]["loss"] < 1e-20 for end in found["additive"].ends())
         assert all(end["test"]["loss"] > 1e-2 for end in found["LoRA"].ends())
+
+
+class TestReport:
+    """Tables of lines written by hand, with the figures computed here once more."""
+
+    def result(self, method: plan.Method, losses: list[float], step: float, draw: float) -> Any:
+        cost = {"step_seconds": step, "draw_seconds": draw, "peak_mib": 7.0}
+        end = {"event": "end", "trainable": 10, "steps": 100, "cycles": 4}
+        runs = {
+            seed: [{"data": ""}, {**end, "test": {"loss": loss}}]
+            for seed, loss in enumerate(losses)
+        }
+        return report.Result(method, 1e-3, "", runs, cost)
+
+    def test_differences_are_paired_by_seed(self):
+        lora = self.result(METHODS[1], [1.0, 2.0, 3.0], 1.0, 0.0)
+        rosa = self.result(METHODS[2], [0.9, 1.9, 2.9], 1.0, 0.0)
+        middle, half = report.difference(rosa, lora)
+        assert middle == pytest.approx(-0.1)
+        assert half == pytest.approx(0, abs=1e-9)  # though the seeds differ by 1
+
+    def test_time_is_of_whole_runs_with_their_draws(self):
+        full = self.result(METHODS[0], [1.0], 2.0, 0.0)
+        rosa = self.result(METHODS[2], [1.0], 1.0, 5.0)
+        assert report.time_ratio(rosa, full) == pytest.approx((100 * 1 + 4 * 5) / (100 * 2))
+
+    def test_a_table_has_mean_interval_difference_time_and_diverged_runs(self):
+        full = self.result(METHODS[0], [1.0, 1.0], 2.0, 0.0)
+        lora = self.result(METHODS[1], [2.0, 2.2], 1.0, 0.0)
+        rosa = self.result(METHODS[2], [1.5, 1.9], 1.0, 5.0)
+        rosa.runs[2] = [{"data": ""}, {"event": "end", "trainable": 10, "best": None}]
+        lines = report.table([full, lora, rosa], {"task": "code"}).splitlines()
+        assert lines[0] == "| method | values | rate | n | NLL | to LoRA (NLL) | MiB | time |"
+        half, apart = 12.706 * 0.4 / 2, 12.706 * 0.2 / 2  # t(0.975, 1) times half of the range
+        assert lines[4] == (
+            f"| ROSA r=2 | 10 | 0.001 | 2 (1 diverged) | 1.7 ± {half:.1f} | -0.4 ± {apart:.1f} "
+            "| 7 | 0.60 |"
+        )
+        assert "embeddings, biases and norms frozen" in lines[-1]
