@@ -234,10 +234,9 @@ class TestSearch:
     def test_the_costs_come_when_nothing_else_is_due(self):
         e = experiment(rates=[1e-3], seeds=[0], methods=METHODS[1:3])
         scores = {cell.key: 1.0 for cell in plan.due(e, {})}
-        assert [(c.method.name, c.phase) for c in plan.due(e, scores)] == [
-            ("LoRA", "cost"),
-            ("ROSA", "cost"),
-        ]
+        due = [(c.method.name, c.phase, c.seed) for c in plan.due(e, scores)]
+        turns = range(plan.COST_ROUNDS)
+        assert due == [(name, "cost", turn) for turn in turns for name in ("LoRA", "ROSA")]
 
     def test_lengths_of_one_method_share_one_search_whose_cells_are_due_once(self):
         methods = [METHODS[1], METHODS[1]._replace(length=2.0)]
@@ -489,12 +488,13 @@ class TestReport:
 
     def result(self, method: plan.Method, losses: list[float], step: float, draw: float) -> Any:
         cost = {"step_seconds": step, "draw_seconds": draw, "peak_mib": 7.0}
+        slow = {**cost, "step_seconds": 3 * step, "draw_seconds": 3 * draw}  # a busy round
         end = {"event": "end", "trainable": 10, "steps": 100, "cycles": 4}
         runs = {
             seed: [{"data": ""}, {**end, "test": {"loss": loss}}]
             for seed, loss in enumerate(losses)
         }
-        return report.Result(method, 1e-3, "", runs, cost)
+        return report.Result(method, 1e-3, "", runs, {0: cost, 1: slow, 2: cost})
 
     def test_differences_are_paired_by_seed(self):
         lora = self.result(METHODS[1], [1.0, 2.0, 3.0], 1.0, 0.0)

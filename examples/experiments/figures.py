@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import matplotlib
@@ -145,17 +145,17 @@ def crossing(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
 
 def draws(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
     """Draw the share of a run's time that goes into drawing subspaces."""
-    found = [
-        (result.method.label, end["cycles"] * cost["draw_seconds"], end["steps"] * step)
-        for result in results[::-1]
-        for end in result.ends()[:1]
-        if (cost := result.cost) and cost["draw_seconds"] and (step := cost["step_seconds"])
-    ]
-    shares = [100 * drawing / (drawing + stepping) for _, drawing, stepping in found]
-    bars = axes.barh([name for name, _, _ in found], shares)
+    found = [result for result in results[::-1] if result.ends() and result.costs]
+    found = [result for result in found if result.method.every]
+    shares = [median(_share(cost, result) for cost in result.costs.values()) for result in found]
+    bars = axes.barh([result.method.label for result in found], shares)
     axes.bar_label(bars, [f" {share:.2g}%" for share in shares])
     axes.set_xlabel(figure["y"])
     axes.margins(x=0.15)
+
+
+def _share(cost: dict[str, Any], result: Result) -> float:
+    return 100 * (1 - cost["step_seconds"] / report.seconds(cost, result))
 
 
 KINDS = {

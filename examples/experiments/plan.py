@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).parent
-COST_STEPS = 20  # that are timed
+COST_STEPS, COST_ROUNDS = 20, 3  # steps that are timed, and how often each method has its turn
 
 
 class Method(NamedTuple):
@@ -198,6 +198,13 @@ def finals(experiment: Experiment, scores: dict[str, float]) -> list[Cell]:
 
 
 def costs(experiment: Experiment) -> list[Cell]:
-    """Return the cells that measure time and memory, one for each method that takes steps."""
+    """Return the cells that measure time and memory: methods that take steps, in turn, in rounds.
+
+    Their seed is the round.
+    """
     methods = [m._replace(length=1.0) for m in experiment.methods if not m.solve]
-    return [Cell(experiment.setting, method, 0.0, 0, "cost") for method in dict.fromkeys(methods)]
+    return [
+        Cell(experiment.setting, method, 0.0, round, "cost")
+        for round in range(COST_ROUNDS)
+        for method in dict.fromkeys(methods)
+    ]

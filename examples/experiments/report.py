@@ -4,7 +4,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any, NamedTuple
 
 from scipy.stats import t as student
@@ -29,8 +29,8 @@ CAPTION = """\
 rate: the best of one grid for all methods, by dev, on one seed beside those published (* at an end
 of the grid, = taken over from another method); n: seeds; ±: 95% interval of the mean (Student's t);
 to LoRA: difference to LoRA of the same rank and length, paired by seed; MiB: peak of training above
-the imports; time: of a whole run with its draws over full fine-tuning's, from the median step,
-measured with nothing else running. {policy}"""
+the imports, mostly data and activations where the model is small; time: of a whole run with its
+draws over full fine-tuning's, from median steps, in turn with nothing else running. {policy}"""
 POLICIES = {
     "regression": "All weights are matrices; there are no biases.",
     "glue": "full trains every parameter; the others the matrices of the encoder's linear layers "
@@ -43,13 +43,13 @@ POLICY = (
 
 
 class Result(NamedTuple):
-    """What was published of one method: its rate, its finished runs by seed, and its cost."""
+    """What was published of one method: its rate, its runs by seed, and its costs by round."""
 
     method: plan.Method
     rate: float
     mark: str  # what there is to say of the rate
     runs: dict[int, list[records.Line]]
-    cost: records.Line | None
+    costs: dict[int, records.Line]
 
     def ends(self) -> list[records.Line]:
         """Return the last line of each run that did not diverge."""
@@ -60,16 +60,17 @@ def gather(experiment: plan.Experiment, results: Path) -> list[Result]:
     """Return what was run of an experiment as its file stands now."""
     cells = records.read(results)
     ends_of_grid = (min(experiment.rates), max(experiment.rates))
-    costs = {
-        cell.method: cells[cell.key][-1] for cell in plan.costs(experiment) if cell.key in cells
-    }
+    costs: dict[plan.Method, dict[int, records.Line]] = {}
+    for cell in plan.costs(experiment):
+        if cell.key in cells:
+            costs.setdefault(cell.method, {})[cell.seed] = cells[cell.key][-1]
     by_method: dict[plan.Method, Result] = {}
     for cell in plan.finals(experiment, records.scores(cells)):
         if cell.key not in cells:
             continue
         searched = len(experiment.rates) > 1
         mark = "=" if cell.method in experiment.like else "*" if cell.rate in ends_of_grid else ""
-        cost = costs.get(cell.method._replace(length=1.0))
+        cost = costs.get(cell.method._replace(length=1.0), {})
         new = Result(cell.method, cell.rate, mark if searched else "", {}, cost)
         by_method.setdefault(cell.method, new).runs[cell.seed] = cells[cell.key]
     if len({lines[0]["data"] for r in by_method.values() for lines in r.runs.values()}) > 1:
@@ -131,7 +132,8 @@ def table(results: list[Result], setting: dict[str, Any]) -> str:
         if baseline is not None and baseline is not result:
             apart = difference(result, baseline, keys[0])
         row.append(shown(*apart, sign=True) if apart else "")
-        row.append(f"{result.cost['peak_mib']:.0f}" if result.cost else "")
+        peaks = [cost["peak_mib"] for cost in result.costs.values()]
+        row.append(f"{median(peaks):.0f}" if peaks else "")
         ratio = time_ratio(result, full) if full else None
         rows.append([*row, f"{ratio:.2f}" if ratio else ""])
     told = [i for i in range(len(heads)) if any(row[i] for row in rows)]
@@ -141,13 +143,19 @@ def table(results: list[Result], setting: dict[str, Any]) -> str:
 
 
 def time_ratio(result: Result, full: Result) -> float | None:
-    """Return the time of a whole run, draws included, over that of full fine-tuning."""
-    if result.cost is None or full.cost is None or not result.ends():
-        return None
+    """Return the time of a run, draws included, over full fine-tuning's: the median over rounds."""
+    ratios = [
+        seconds(cost, result) / seconds(full.costs[round], full)
+        for round, cost in result.costs.items()
+        if round in full.costs and result.ends() and full.ends()
+    ]
+    return median(ratios) if ratios else None
+
+
+def seconds(cost: records.Line, result: Result) -> float:
+    """Return how long a step of a whole run takes, with its part of the draws."""
     end = result.ends()[0]
-    seconds = end["steps"] * result.cost["step_seconds"]
-    seconds += end["cycles"] * result.cost["draw_seconds"]
-    return float(seconds / (end["steps"] * full.cost["step_seconds"]))
+    return float(cost["step_seconds"] + cost["draw_seconds"] * end["cycles"] / end["steps"])
 
 
 def shown(value: float, half: float, sign: bool = False) -> str:
