@@ -235,7 +235,7 @@ class TestSearch:
         e = experiment(rates=[1e-3], seeds=[0], methods=METHODS[1:3])
         scores = {cell.key: 1.0 for cell in plan.due(e, {})}
         due = [(c.method.name, c.phase, c.seed) for c in plan.due(e, scores)]
-        turns = range(plan.COST_ROUNDS)
+        turns = range(e.rounds)
         assert due == [(name, "cost", turn) for turn in turns for name in ("LoRA", "ROSA")]
 
     def test_lengths_of_one_method_share_one_search_whose_cells_are_due_once(self):

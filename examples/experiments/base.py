@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import tempfile
 import tomllib
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -54,6 +56,21 @@ def in_blocks(texts: list[str], tokenizer: PreTrainedTokenizerFast, block: int) 
     rows = tokenizer([text + corpora.END for text in texts]).input_ids
     ids = torch.tensor([i for row in rows for i in row])
     return ids[: len(ids) // block * block].view(-1, block)
+
+
+def cached_blocks(
+    texts: list[str], tokenizer: PreTrainedTokenizerFast, block: int, cache: Path
+) -> Tensor:
+    """Return what `in_blocks` does, from a file if it was done before."""
+    digest = hashlib.sha256(corpora.END.join(texts).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    path = cache / f"blocks-{block}-{digest.hexdigest()[:12]}.safetensors"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        whole = path.with_suffix(f".{os.getpid()}.partial")  # a kill leaves no half of a file
+        save_file({"blocks": in_blocks(texts, tokenizer, block)}, whole)
+        whole.replace(path)
+    return load_file(path)["blocks"]
 
 
 def pretrain(

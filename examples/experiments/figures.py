@@ -23,16 +23,21 @@ def draw(
     """Draw one figure of an experiment's file; return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [r for r in results if r.method.rank in (figure.get("rank", r.method.rank), 0)]
-    drawing, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
+    drawing, axes = plt.subplots(figsize=(9.0, 4.4), layout="constrained")
     KINDS[figure["kind"]](axes, chosen, figure)
     if figure.get("log"):
         axes.set_yscale("log")
-    axes.set_title(experiment.title, fontsize="medium")
+    drawing.suptitle(experiment.title, fontsize="medium")
     axes.grid(which="both", alpha=0.3)
     path = folder / f"{experiment.name}-{figure['kind']}.png"
     drawing.savefig(path, dpi=120)
     plt.close(drawing)
     return path
+
+
+def legend(axes: Axes) -> None:
+    """Name the lines, beside the axes."""
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def curves(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
@@ -47,10 +52,9 @@ def curves(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
         middle, half = zip(*(report.interval(points[step]) for step in steps), strict=True)
         (line,) = axes.plot(steps, middle, marker=marker, markersize=4, label=result.method.label)
         band(axes, steps, middle, half, line.get_color(), bool(figure.get("log")))
-    if top := figure.get("top"):
-        axes.set_ylim(top=top)
+    axes.set_ylim(figure.get("bottom"), figure.get("top"))
     axes.set(xlabel=figure.get("x", "steps"), ylabel=figure["y"])
-    axes.legend(fontsize="small")
+    legend(axes)
 
 
 def band(
@@ -79,12 +83,12 @@ def ranks(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
         x, middle, half = zip(*sorted(points), strict=True)
         axes.errorbar(x, middle, half, marker=marker, markersize=5, capsize=3, label=name)
     axes.set(xlabel="trainable values", xscale="log", ylabel=figure["y"])
-    axes.legend(fontsize="small")
+    legend(axes)
 
 
 def bars(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
-    """Draw the loss on test of every method, with its 95% interval and every seed."""
-    results = [result for result in results if result.ends()][::-1]
+    """Draw the loss on test of every method but full, with its 95% interval and every seed."""
+    results = [r for r in results if r.ends() and r.method.sampler != "full"][::-1]
     for place, result in enumerate(results):
         values = [end["test"]["loss"] for end in result.ends()]
         middle, half = report.interval(values)
@@ -103,7 +107,7 @@ def spectra(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
             x = range(1, len(middle) + 1)
             axes.plot(x, middle, marker, ls="-", ms=3, label=result.method.label)
     axes.set(xlabel="index", ylabel=figure["y"], yscale="log", xscale="log", ylim=(1e-4, 1.5))
-    axes.legend(fontsize="small")
+    legend(axes)
 
 
 def growth(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
@@ -118,7 +122,7 @@ def growth(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
             values = [mean(points[step]) for step in sorted(points)]
             axes.plot(sorted(points), values, marker, ls="-", ms=4, label=result.method.label)
     axes.set(xlabel="steps", ylabel=figure["y"], yscale="log")
-    axes.legend(fontsize="small")
+    legend(axes)
 
 
 def crossing(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
@@ -140,7 +144,7 @@ def crossing(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
         axes.errorbar(x, middle, half, marker=marker, markersize=5, capsize=3, label=name)
     axes.axhline(0, color="black", linewidth=1)
     axes.set(xlabel="steps", xscale="log", ylabel=figure["y"])
-    axes.legend(fontsize="small")
+    legend(axes)
 
 
 def draws(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:

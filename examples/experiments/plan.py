@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).parent
-COST_STEPS, COST_ROUNDS = 20, 3  # steps that are timed, and how often each method has its turn
+COST_STEPS = 20  # that are timed
 
 
 class Method(NamedTuple):
@@ -79,6 +79,7 @@ class Experiment(NamedTuple):
     start: dict[Method, float]  # where the search for the rate begins
     like: dict[Method, Method]  # the method whose rate is taken over without a search
     figures: list[dict[str, Any]]
+    rounds: int = 3  # in which each method has its turn to be timed
 
 
 def names(folder: Path = FOLDER) -> list[str]:
@@ -205,6 +206,6 @@ def costs(experiment: Experiment) -> list[Cell]:
     methods = [m._replace(length=1.0) for m in experiment.methods if not m.solve]
     return [
         Cell(experiment.setting, method, 0.0, round, "cost")
-        for round in range(COST_ROUNDS)
+        for round in range(experiment.rounds)
         for method in dict.fromkeys(methods)
     ]

@@ -24,7 +24,9 @@ Examples = list[shared.Example]
 def load(kind: str, setting: dict[str, Any], data: Path | None, cache: Path) -> Task:
     """Return the task e2e, eli5 or code with the model of the setting."""
     model, tokenizer = load_model(setting["model"], data, cache)
-    splits = {split: examples(kind, split, setting, tokenizer, data) for split in setting["rows"]}
+    splits = {
+        split: examples(kind, split, setting, tokenizer, data, cache) for split in setting["rows"]
+    }
     generate = None
     if setting.get("generate"):
         from . import generation
@@ -60,12 +62,14 @@ def examples(
     setting: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     data: Path | None,
+    cache: Path,
 ) -> Examples:
     """Return the rows of a split in ids: as many as the setting says, chosen by a fixed seed."""
     size, length = setting["rows"][split], setting["length"]
     if kind == "code":
-        blocks = base.in_blocks(corpora.source(split), tokenizer, length).tolist()
-        return shared.sample([(block[:1], block[1:]) for block in blocks], size, 0)
+        blocks = base.cached_blocks(corpora.source(split), tokenizer, length, cache)
+        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
+        return [(row[:1], row[1:]) for row in blocks[order[: size or None]].tolist()]
     rows = shared.load_rows(kind, split, None if data is None else data / kind)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     return shared.encode([rows[i] for i in order[: size or None]], tokenizer, length)

@@ -45,6 +45,7 @@ def shrink(experiment: plan.Experiment) -> plan.Experiment:
     return experiment._replace(
         setting=setting,
         seeds=[0],
+        rounds=1,
         rates=rates,
         methods=list(kept.values()),
         start=dict.fromkeys(kept.values(), rates[0]),
