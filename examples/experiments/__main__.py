@@ -30,7 +30,11 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=["list", "run", "report", "tiny"])
-    parser.add_argument("names", nargs="*", help="experiments; all for report")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        help="experiments; without, those of the page for report, and all for tiny",
+    )
     parser.add_argument("--data", type=Path, help="folder of data sets (without it, the Hub)")
     parser.add_argument("--cache", type=Path, default=Path("runs/bases"), help="of base models")
     parser.add_argument("--results", type=Path, default=folder / "results", help="of the lines")
@@ -56,7 +60,7 @@ def main() -> None:
     else:
         from . import report
 
-        names = args.names or plan.names(args.experiments)
+        names = args.names or report.placed(args.page, plan.names(args.experiments))
         for experiment in [plan.load(name, args.experiments) for name in names]:
             print(report.write(experiment, args.results, args.figures, args.page))
 

@@ -173,6 +173,12 @@ def _exponent(value: float) -> int:
     return int(f"{value:e}".split("e")[1])
 
 
+def placed(page: Path, names: list[str]) -> list[str]:
+    """Return the experiments that a page has a place for."""
+    content = page.read_text(encoding="utf-8")
+    return [name for name in names if f"<!-- {name} -->" in content]
+
+
 def write(experiment: plan.Experiment, results: Path, figures: Path, page: Path | None) -> str:
     """Draw the figures, put the table into the page where it has a place for it, return it."""
     from . import figures as drawing
