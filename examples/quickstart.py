@@ -15,7 +15,6 @@ import importlib.util
 import json
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import NamedTuple
 import matplotlib
 import torch
 import torch.nn.functional as F
+from made_once import made_once
 from tensordict import TensorDict
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor
@@ -218,10 +218,8 @@ def cached_base(base: Base, cache: Path) -> Path:
         print(f"base model: cached in {directory}")
         return directory
     print(f"base model: training on {sum(map(len, texts)):,} characters of prose")
-    cache.mkdir(parents=True, exist_ok=True)
-    # Written next to its place and moved there whole: an interruption leaves no half of a cache.
-    with tempfile.TemporaryDirectory(dir=cache, prefix="unfinished-") as unfinished:
-        content = Path(unfinished) / "base"
+
+    def make(content: Path) -> None:
         tokenizer = ByteLevelBPETokenizer()  # of GPT-2's kind: no text is unknown to it
         tokenizer.train_from_iterator(
             texts, base.vocabulary, special_tokens=[END], show_progress=False
@@ -230,12 +228,8 @@ def cached_base(base: Base, cache: Path) -> Path:
         train_base(base, tokenizer, blocks).save_pretrained(content)
         tokenizer.save(str(content / "tokenizer.json"))
         (content / "settings.json").write_text(json.dumps(settings, indent=2))
-        try:
-            content.rename(directory)
-        except OSError:  # another run was quicker
-            if not directory.exists():
-                raise
-    return directory
+
+    return made_once(directory, make)
 
 
 def train_base(base: Base, tokenizer: Tokenizer, blocks: Tensor) -> GPT2LMHeadModel:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from ..finetune_data import rate_at
+from ..made_once import made_once
 from . import corpora
 
 
@@ -34,21 +34,14 @@ def cached(name: str, data: Path | None, cache: Path) -> Path:
     digest = hashlib.sha256(corpora.END.join(texts).encode())
     digest.update(json.dumps(chosen, sort_keys=True).encode())
     directory = cache / f"{name}-{digest.hexdigest()[:12]}"
-    if directory.exists():
-        return directory
-    cache.mkdir(parents=True, exist_ok=True)
-    tokenizer = corpora.tokenizer(chosen["vocabulary"], data)
-    blocks = in_blocks(texts, tokenizer, chosen["block"])
-    with tempfile.TemporaryDirectory(dir=cache, prefix="unfinished-") as unfinished:
-        content = Path(unfinished) / "base"
+
+    def make(content: Path) -> None:
+        tokenizer = corpora.tokenizer(chosen["vocabulary"], data)
+        blocks = in_blocks(texts, tokenizer, chosen["block"])
         pretrain(chosen, tokenizer, blocks, name).save_pretrained(content)
         tokenizer.save_pretrained(content)
-        try:
-            content.rename(directory)
-        except OSError:  # another run was quicker
-            if not directory.exists():
-                raise
-    return directory
+
+    return made_once(directory, make)
 
 
 def in_blocks(texts: list[str], tokenizer: PreTrainedTokenizerFast, block: int) -> Tensor:
