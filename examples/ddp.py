@@ -33,18 +33,26 @@ from rosa_func.module import RosaModule
 
 
 def main() -> None:
-    """Train on a share of each batch; the first process reports."""
+    """Parse the arguments and join the other processes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="a tiny model and a few dozen steps")
     parser.add_argument("--cache", type=Path, default="runs/quickstart", help="the base model's")
     args = parser.parse_args()
     base, budget = SHORT if args.short else (Base(), Budget())
     dist.init_process_group("gloo")
+    # DDP's reducer must be gone before the group: else its end waits, with the interpreter's lock,
+    # for a thread of gloo that may need this lock.
+    adapt(base, budget, args.cache)
+    dist.destroy_process_group()
+
+
+def adapt(base: Base, budget: Budget, cache: Path) -> None:
+    """Train on this process's share of each batch, and report from the first."""
     rank, size = dist.get_rank(), dist.get_world_size()
     if rank == 0:
-        cached_base(base, args.cache)
+        cached_base(base, cache)
     dist.barrier()
-    model, task = base_and_task(cached_base(base, args.cache), base, budget)
+    model, task = base_and_task(cached_base(base, cache), base, budget)
 
     module = RosaModule(model, rosa_func.init(model, budget.rank, targets=TARGETS))
     distributed.check_equal(module.state)
@@ -71,7 +79,6 @@ def main() -> None:
     if rank == 0:
         nll = mean_nll(lambda ids: module(ids).logits, task.held_out)
         print(f"{size} processes, one state ({digest[:12]}): held-out ppl {math.exp(nll):.2f}")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
