@@ -47,7 +47,7 @@ def main() -> None:
         parser.error(f"--jobs is a positive number of cells, got {args.jobs}")
     if args.command == "list":
         for name in plan.names(args.experiments):
-            print(f"{name:20}{plan.load(name, args.experiments).title}")
+            print(f"{name:24}{plan.load(name, args.experiments).title}")
     elif args.command == "run":
         from . import runner
 
