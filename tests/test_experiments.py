@@ -486,10 +486,17 @@ class TestRunner:
 class TestReport:
     """Tables of lines written by hand, with the figures computed here once more."""
 
-    def result(self, method: plan.Method, losses: list[float], step: float, draw: float) -> Any:
+    def result(
+        self,
+        method: plan.Method,
+        losses: list[float],
+        step: float = 1.0,
+        draw: float = 0.0,
+        trainable: int = 10,
+    ) -> Any:
         cost = {"step_seconds": step, "draw_seconds": draw, "peak_mib": 7.0}
         slow = {**cost, "step_seconds": 3 * step, "draw_seconds": 3 * draw}  # a busy round
-        end = {"event": "end", "trainable": 10, "steps": 100, "cycles": 4}
+        end = {"event": "end", "trainable": trainable, "steps": 100, "cycles": 4}
         runs = {
             seed: [{"data": ""}, {**end, "test": {"loss": loss}}]
             for seed, loss in enumerate(losses)
@@ -503,13 +510,22 @@ class TestReport:
         assert middle == pytest.approx(-0.1)
         assert half == pytest.approx(0, abs=1e-9)  # though the seeds differ by 1
 
+    def test_lora_of_as_many_values_and_the_same_length_is_compared_with(self):
+        lora = self.result(METHODS[1], [1.0], trainable=40_960)
+        one_side = self.result(METHODS[2]._replace(rank=7, train="output"), [1.0], trainable=40_320)
+        higher = self.result(METHODS[2]._replace(rank=5), [1.0], trainable=51_200)
+        longer = self.result(METHODS[2]._replace(length=2.0), [1.0], trainable=40_960)
+        results = [higher, longer, one_side, lora]
+        assert report.baseline_of(one_side, results) is lora
+        assert [report.baseline_of(r, results) for r in (higher, longer, lora)] == [None] * 3
+
     def test_time_is_of_whole_runs_with_their_draws(self):
         full = self.result(METHODS[0], [1.0], 2.0, 0.0)
         rosa = self.result(METHODS[2], [1.0], 1.0, 5.0)
         assert report.time_ratio(rosa, full) == pytest.approx((100 * 1 + 4 * 5) / (100 * 2))
 
     def test_a_table_has_mean_interval_difference_time_and_diverged_runs(self):
-        full = self.result(METHODS[0], [1.0, 1.0], 2.0, 0.0)
+        full = self.result(METHODS[0], [1.0, 1.0], 2.0, 0.0, trainable=100)
         lora = self.result(METHODS[1], [2.0, 2.2], 1.0, 0.0)
         rosa = self.result(METHODS[2], [1.5, 1.9], 1.0, 5.0)
         rosa.runs[2] = [{"data": ""}, {"event": "end", "trainable": 10, "best": None}]

@@ -127,18 +127,14 @@ def growth(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
 
 def crossing(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
     """Draw the difference to plain LoRA on test, paired by seed, over the length of the run."""
-    baselines = {
-        (r.method.rank, r.method.length): r for r in results if report.is_baseline(r.method)
-    }
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for result in results:
-        baseline = baselines.get((result.method.rank, result.method.length))
-        if baseline is not None and baseline is not result:
-            apart = report.difference(result, baseline)
-            if apart is not None:
-                name = f"{result.method.name} r={result.method.rank}"
-                steps = result.ends()[0]["steps"]
-                lines.setdefault(name, []).append((steps, *apart))
+        baseline = report.baseline_of(result, results)
+        apart = report.difference(result, baseline) if baseline else None
+        if apart:
+            name = f"{result.method.name} r={result.method.rank}"
+            steps = result.ends()[0]["steps"]
+            lines.setdefault(name, []).append((steps, *apart))
     for (name, points), marker in zip(lines.items(), MARKERS, strict=False):
         x, middle, half = zip(*sorted(points), strict=True)
         axes.errorbar(x, middle, half, marker=marker, markersize=5, capsize=3, label=name)

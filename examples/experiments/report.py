@@ -28,9 +28,9 @@ NAMES = {
 CAPTION = """\
 rate: the best of one grid for all methods, by dev, on one seed beside those published (* at an end
 of the grid, = taken over from another method); n: seeds; ±: 95% interval of the mean (Student's t);
-to LoRA: difference to LoRA of the same rank and length, paired by seed; MiB: peak of training above
-the imports, mostly data and activations where the model is small; time: of a whole run with its
-draws over full fine-tuning's, from median steps, in turn with nothing else running. {policy}"""
+to LoRA: difference to LoRA of as many values (within 2%), paired by seed; MiB: peak of training
+above the imports, mostly data and activations where the model is small; time: of a whole run with
+its draws over full fine-tuning's, from median steps, in turn with nothing else running. {policy}"""
 POLICIES = {
     "regression": "All weights are matrices; there are no biases.",
     "glue": "full trains every parameter; the others the matrices of the encoder's linear layers "
@@ -50,6 +50,11 @@ class Result(NamedTuple):
     mark: str  # what there is to say of the rate
     runs: dict[int, list[records.Line]]
     costs: dict[int, records.Line]
+
+    @property
+    def trainable(self) -> int:
+        """Return how many values it trains."""
+        return int(next(iter(self.runs.values()))[-1]["trainable"])
 
     def ends(self) -> list[records.Line]:
         """Return the last line of each run that did not diverge."""
@@ -86,6 +91,21 @@ def is_baseline(method: plan.Method) -> bool:
     return method._replace(name="", rank=0, length=1.0) == plan.Method("", "lora")
 
 
+def baseline_of(result: Result, results: list[Result]) -> Result | None:
+    """Return plain LoRA of the same length with as many trainable values within 2%, if there is.
+
+    Of one side alone a rank of nearly twice that of both has the same number of values.
+    """
+    alike = [
+        r
+        for r in results
+        if is_baseline(r.method)
+        and r.method.length == result.method.length
+        and abs(r.trainable - result.trainable) <= 0.02 * r.trainable
+    ]
+    return None if result in alike else next(iter(alike), None)
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean and the half-width of its 95% interval (Student's t)."""
     n = len(values)
@@ -115,7 +135,6 @@ def table(results: list[Result], setting: dict[str, Any]) -> str:
     names = NAMES | ({"loss": "relative error"} if task == "regression" else {})
     heads = ["method", "values", "rate", "n", *(names.get(key, key) for key in [*keys, *written])]
     heads += [f"to LoRA ({names.get(keys[0], keys[0])})", "MiB", "time"]
-    baselines = {(r.method.rank, r.method.length): r for r in results if is_baseline(r.method)}
     full = next((r for r in results if r.method.label == "full"), None)
     rows = []
     for result in results:
@@ -123,14 +142,11 @@ def table(results: list[Result], setting: dict[str, Any]) -> str:
         diverged = len(result.runs) - len(own)
         n = f"{len(own)}{f' ({diverged} diverged)' if diverged else ''}"
         rate = "" if method.solve else f"{result.rate:g}{result.mark}"
-        values = f"{next(iter(result.runs.values()))[-1]['trainable']:,}"
-        row = [method.label, values, rate, n]
+        row = [method.label, f"{result.trainable:,}", rate, n]
         for part, key in [("test", k) for k in keys] + [("generated", k) for k in written]:
             row.append(shown(*interval([end[part][key] for end in own])) if own else "")
-        baseline = baselines.get((method.rank, method.length))
-        apart = None
-        if baseline is not None and baseline is not result:
-            apart = difference(result, baseline, keys[0])
+        baseline = baseline_of(result, results)
+        apart = difference(result, baseline, keys[0]) if baseline else None
         row.append(shown(*apart, sign=True) if apart else "")
         peaks = [cost["peak_mib"] for cost in result.costs.values()]
         row.append(f"{median(peaks):.0f}" if peaks else "")
