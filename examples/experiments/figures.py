@@ -1,6 +1,5 @@
 """The figures of the experiments: curves over steps, errors over ranks, and bars."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -24,9 +23,9 @@ def draw(
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [r for r in results if r.method.rank in (figure.get("rank", r.method.rank), 0)]
     drawing, axes = plt.subplots(figsize=(9.0, 4.4), layout="constrained")
-    KINDS[figure["kind"]](axes, chosen, figure)
     if figure.get("log"):
         axes.set_yscale("log")
+    KINDS[figure["kind"]](axes, chosen, figure)
     drawing.suptitle(experiment.title, fontsize="medium")
     axes.grid(which="both", alpha=0.3)
     path = folder / f"{experiment.name}-{figure['kind']}.png"
@@ -41,7 +40,7 @@ def legend(axes: Axes) -> None:
 
 
 def curves(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
-    """Draw the loss on dev over the steps: the mean over seeds, and its 95% interval."""
+    """Draw the loss on dev over the steps, with its interval."""
     for result, marker in zip(results, MARKERS, strict=False):
         points: dict[int, list[float]] = {}
         for lines in result.runs.values():
@@ -49,39 +48,35 @@ def curves(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
                 if line["event"] == "dev":
                     points.setdefault(line["step"], []).append(line["loss"])
         steps = sorted(points)
-        middle, half = zip(*(report.interval(points[step]) for step in steps), strict=True)
+        log = bool(figure.get("log"))
+        middle, low, high = zip(*(spread(points[step], log) for step in steps), strict=True)
         (line,) = axes.plot(steps, middle, marker=marker, markersize=4, label=result.method.label)
-        band(axes, steps, middle, half, line.get_color(), bool(figure.get("log")))
+        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_ylim(figure.get("bottom"), figure.get("top"))
     axes.set(xlabel=figure.get("x", "steps"), ylabel=figure["y"])
     legend(axes)
 
 
-def band(
-    axes: Axes,
-    x: Sequence[float],
-    middle: Sequence[float],
-    half: Sequence[float],
-    color: Any,
-    log: bool,
-) -> None:
-    """Shade an interval; on a logarithmic axis it does not go below a tenth of the mean."""
-    low = [m - h if not log else max(m - h, m / 10) for m, h in zip(middle, half, strict=True)]
-    high = [m + h for m, h in zip(middle, half, strict=True)]
-    axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+def spread(values: list[float], log: bool) -> tuple[float, float, float]:
+    """Return the mean and an interval: the 95% one, or on a logarithmic axis that of all seeds."""
+    middle, half = report.interval(values)
+    return (middle, min(values), max(values)) if log else (middle, middle - half, middle + half)
 
 
 def ranks(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
     """Draw the loss on test over the number of trainable values, a line for each method."""
-    lines: dict[str, list[tuple[float, float, float]]] = {}
+    lines: dict[str, list[tuple[float, ...]]] = {}
     for result in results:
         ends = result.ends()
         if ends:
-            value = report.interval([end["test"]["loss"] for end in ends])
-            lines.setdefault(result.method.name, []).append((ends[0]["trainable"], *value))
+            losses = [end["test"]["loss"] for end in ends]
+            value = spread(losses, bool(figure.get("log")))
+            lines.setdefault(result.method.name, []).append((result.trainable, *value))
     for (name, points), marker in zip(lines.items(), MARKERS, strict=False):
-        x, middle, half = zip(*sorted(points), strict=True)
-        axes.errorbar(x, middle, half, marker=marker, markersize=5, capsize=3, label=name)
+        x, middle, low, high = zip(*sorted(points), strict=True)
+        below = [m - v for m, v in zip(middle, low, strict=True)]
+        above = [v - m for m, v in zip(middle, high, strict=True)]
+        axes.errorbar(x, middle, (below, above), marker=marker, ms=5, capsize=3, label=name)
     axes.set(xlabel="trainable values", xscale="log", ylabel=figure["y"])
     legend(axes)
 
