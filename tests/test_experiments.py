@@ -176,7 +176,8 @@ class TestFairness:
             seen, lines = lines_of(method, "cost")
             assert not seen.splits
             assert len(seen.batches) == plan.COST_STEPS + training.WARM_UP
-            assert lines[-1]["step_seconds"] > 0 and lines[-1]["peak_mib"] >= 0
+            # Above the memory at its start: below zero in a process that gives memory back.
+            assert lines[-1]["step_seconds"] > 0 and isinstance(lines[-1]["peak_mib"], float)
             assert (lines[-1]["draw_seconds"] > 0) == (method.every > 0)
 
     def test_every_method_searches_one_grid(self):
