@@ -75,6 +75,7 @@ def trained(cell: Cell, load: Callable[[], Task], tick: Callable[[], None]) -> I
 
 def cost(cell: Cell, load: Callable[[], Task], tick: Callable[[], None]) -> Iterator[Line]:
     """Measure a few steps and one draw, alone on the machine: their time and peak memory."""
+    reset_peak_memory()
     before = peak_memory_of_this_process()
     task = load()
     yield {"event": "start", **_described(cell, task)}
