@@ -24,6 +24,7 @@ import rosa_func
 from examples.experiments import (
     adapting,
     draws,
+    figures,
     generation,
     glue,
     plan,
@@ -507,7 +508,7 @@ class TestReport:
         slow = {**cost, "step_seconds": 3 * step, "draw_seconds": 3 * draw}  # a busy round
         end = {"event": "end", "trainable": trainable, "steps": 100, "cycles": 4}
         runs = {
-            seed: [{"data": ""}, {**end, "test": {"loss": loss}}]
+            seed: [{"event": "start", "data": ""}, {**end, "test": {"loss": loss}}]
             for seed, loss in enumerate(losses)
         }
         return report.Result(method, 1e-3, "", runs, {0: cost, 1: slow, 2: cost})
@@ -527,6 +528,24 @@ class TestReport:
         results = [higher, longer, one_side, lora]
         assert report.baseline_of(one_side, results) is lora
         assert [report.baseline_of(r, results) for r in (higher, longer, lora)] == [None] * 3
+
+    def test_a_logarithmic_figure_shows_the_range_of_the_seeds(self, tmp_path, monkeypatch):
+        drawn = []
+        close = figures.plt.close
+        monkeypatch.setattr(figures.plt, "close", lambda d: drawn.append(d) or close(d))
+        result = self.result(METHODS[2], [1e-9, 1e-3])  # their 95% interval goes below zero
+        for seed, loss in enumerate([1e-9, 1e-3]):
+            dev = [{"event": "dev", "step": s, "loss": v} for s, v in ((0, 1.0), (5, loss))]
+            result.runs[seed][1:1] = dev
+        for kind in ("curves", "ranks"):
+            figure = {"kind": kind, "log": True, "y": "loss"}
+            figures.draw(figure, experiment(), [result], tmp_path)
+            (axes,) = drawn[-1].axes
+            (band,) = axes.collections
+            (path,) = band.get_paths()
+            low, high = path.vertices[:, 1].min(), path.vertices[:, 1].max()
+            assert (low, high) == pytest.approx((1e-9, 1.0 if kind == "curves" else 1e-3))
+            assert 1e-11 < axes.get_ylim()[0] < 1e-9
 
     def test_time_is_of_whole_runs_with_their_draws(self):
         full = self.result(METHODS[0], [1.0], 2.0, 0.0)

@@ -48,8 +48,7 @@ def curves(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
                 if line["event"] == "dev":
                     points.setdefault(line["step"], []).append(line["loss"])
         steps = sorted(points)
-        log = bool(figure.get("log"))
-        middle, low, high = zip(*(spread(points[step], log) for step in steps), strict=True)
+        middle, low, high = zip(*(spread(points[step], figure) for step in steps), strict=True)
         (line,) = axes.plot(steps, middle, marker=marker, markersize=4, label=result.method.label)
         axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_ylim(figure.get("bottom"), figure.get("top"))
@@ -57,10 +56,12 @@ def curves(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
     legend(axes)
 
 
-def spread(values: list[float], log: bool) -> tuple[float, float, float]:
+def spread(values: list[float], figure: dict[str, Any]) -> tuple[float, float, float]:
     """Return the mean and an interval: the 95% one, or on a logarithmic axis that of all seeds."""
     middle, half = report.interval(values)
-    return (middle, min(values), max(values)) if log else (middle, middle - half, middle + half)
+    if figure.get("log"):
+        return middle, min(values), max(values)
+    return middle, middle - half, middle + half
 
 
 def ranks(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
@@ -69,8 +70,7 @@ def ranks(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
     for result in results:
         ends = result.ends()
         if ends:
-            losses = [end["test"]["loss"] for end in ends]
-            value = spread(losses, bool(figure.get("log")))
+            value = spread([end["test"]["loss"] for end in ends], figure)
             lines.setdefault(result.method.name, []).append((result.trainable, *value))
     for (name, points), marker in zip(lines.items(), MARKERS, strict=False):
         x, middle, low, high = zip(*sorted(points), strict=True)
