@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -520,14 +521,25 @@ class TestReport:
         assert middle == pytest.approx(-0.1)
         assert half == pytest.approx(0, abs=1e-9)  # though the seeds differ by 1
 
-    def test_lora_of_as_many_values_and_the_same_length_is_compared_with(self):
+    def test_a_method_of_as_many_values_and_the_same_length_is_compared_with(self):
         lora = self.result(METHODS[1], [1.0], trainable=40_960)
         one_side = self.result(METHODS[2]._replace(rank=7, train="output"), [1.0], trainable=40_320)
         higher = self.result(METHODS[2]._replace(rank=5), [1.0], trainable=51_200)
         longer = self.result(METHODS[2]._replace(length=2.0), [1.0], trainable=40_960)
         results = [higher, longer, one_side, lora]
-        assert report.baseline_of(one_side, results) is lora
-        assert [report.baseline_of(r, results) for r in (higher, longer, lora)] == [None] * 3
+        assert report.baseline_of(one_side, results, "LoRA") is lora
+        none = [report.baseline_of(r, results, "LoRA") for r in (higher, longer, lora)]
+        assert none == [None] * 3
+        assert report.baseline_of(one_side, results, "full") is None
+
+    def test_a_method_to_compare_with_that_is_not_there_is_named(self, tmp_path):
+        for name in ("code", "moments"):
+            shutil.copy(plan.FOLDER / f"{name}.toml", tmp_path)
+        assert plan.load("moments", tmp_path).compare == ("reset",)
+        file = tmp_path / "moments.toml"
+        file.write_text(file.read_text(encoding="utf-8").replace('["reset"]', '["rest"]'))
+        with pytest.raises(SystemExit, match="'rest', to compare with"):
+            plan.load("moments", tmp_path)
 
     def test_a_logarithmic_figure_shows_the_range_of_the_seeds(self, tmp_path, monkeypatch):
         drawn = []
@@ -557,11 +569,14 @@ class TestReport:
         lora = self.result(METHODS[1], [2.0, 2.2], 1.0, 0.0)
         rosa = self.result(METHODS[2], [1.5, 1.9], 1.0, 5.0)
         rosa.runs[2] = [{"data": ""}, {"event": "end", "trainable": 10, "best": None}]
-        lines = report.table([full, lora, rosa], {"task": "code"}).splitlines()
-        assert lines[0] == "| method | values | rate | n | NLL | to LoRA (NLL) | MiB | time |"
+        compared = experiment(setting={"task": "code"}, compare=("LoRA", "ROSA"))
+        lines = report.table(compared, [full, lora, rosa]).splitlines()
+        assert lines[0] == (
+            "| method | values | rate | n | NLL | to LoRA (NLL) | to ROSA (NLL) | MiB | time |"
+        )
         half, apart = 12.706 * 0.4 / 2, 12.706 * 0.2 / 2  # t(0.975, 1) times half of the range
         assert lines[4] == (
-            f"| ROSA r=2 | 10 | 0.001 | 2 (1 diverged) | 1.7 ± {half:.1f} | -0.4 ± {apart:.1f} "
+            f"| ROSA r=2 | 10 | 0.001 | 2 (1 diverged) | 1.7 ± {half:.1f} | -0.4 ± {apart:.1f} |  "
             "| 7 | 0.60 |"
         )
         assert "embeddings, biases and norms frozen" in lines[-1]

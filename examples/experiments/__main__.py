@@ -63,6 +63,8 @@ def main() -> None:
         names = args.names or report.placed(args.page, plan.names(args.experiments))
         for experiment in [plan.load(name, args.experiments) for name in names]:
             print(report.write(experiment, args.results, args.figures, args.page))
+        report.place(args.page, "columns", report.COLUMNS)
+        print(report.COLUMNS)
 
 
 def tiny(names: list[str], experiments: Path, jobs: int) -> None:

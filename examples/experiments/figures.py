@@ -124,7 +124,7 @@ def crossing(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
     """Draw the difference to plain LoRA on test, paired by seed, over the length of the run."""
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for result in results:
-        baseline = report.baseline_of(result, results)
+        baseline = report.baseline_of(result, results, "LoRA")
         apart = report.difference(result, baseline) if baseline else None
         if apart:
             name = f"{result.method.name} r={result.method.rank}"

@@ -79,6 +79,7 @@ class Experiment(NamedTuple):
     start: dict[Method, float]  # where the search for the rate begins
     like: dict[Method, Method]  # the method whose rate is taken over without a search
     figures: list[dict[str, Any]]
+    compare: tuple[str, ...] = ("LoRA",)  # names of the methods that the others are compared with
     rounds: int = 3  # in which each method has its turn to be timed
 
 
@@ -115,6 +116,8 @@ def load(name: str, folder: Path = FOLDER) -> Experiment:
                 like[method] = of[0]
     if len({m.label for m in methods}) < len(methods):
         raise SystemExit(f"{path}: two methods have one name")
+    if unknown := set(content.get("compare", [])) - {m.name for m in methods}:
+        raise SystemExit(f"{path}: {min(unknown)!r}, to compare with, is no method of the file")
     return Experiment(
         name=name,
         title=content["title"],
@@ -126,6 +129,7 @@ def load(name: str, folder: Path = FOLDER) -> Experiment:
         start=start,
         like=like,
         figures=content.get("figure", []),
+        compare=tuple(content.get("compare", ["LoRA"])),
     )
 
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from scipy.stats import t as student
 
@@ -25,12 +25,15 @@ NAMES = {
 }
 
 
-CAPTION = """\
-rate: the best of one grid for all methods, by dev, on one seed beside those published (* at an end
-of the grid, = taken over from another method); n: seeds; ±: 95% interval of the mean (Student's t);
-to LoRA: difference to LoRA of as many values (within 2%), paired by seed; MiB: peak of training
-above the imports, mostly data and activations where the model is small; time: of a whole run with
-its draws over full fine-tuning's, from median steps, in turn with nothing else running. {policy}"""
+COLUMNS = """\
+- *values*: how many are trained;
+- *rate*: the best of one grid for all methods, by dev, on one seed beside those published (\\* at
+  an end of the grid, = taken over from another method);
+- *n*: seeds; ±: 95% interval of the mean (Student's t);
+- *to LoRA*, or to another method: the difference at as many values (within 2%), paired by seed;
+- *MiB*: peak of training above the imports, mostly data and activations where the model is small;
+- *time*: of a whole run with its draws over full fine-tuning's, from median steps, in turn with
+  nothing else running."""
 POLICIES = {
     "regression": "All weights are matrices; there are no biases.",
     "glue": "full trains every parameter; the others the matrices of the encoder's linear layers "
@@ -86,20 +89,15 @@ def gather(experiment: plan.Experiment, results: Path) -> list[Result]:
     return [by_method[method] for method in experiment.methods if method in by_method]
 
 
-def is_baseline(method: plan.Method) -> bool:
-    """Return whether a method is plain LoRA, which the others of its rank are compared with."""
-    return method._replace(name="", rank=0, length=1.0) == plan.Method("", "lora")
-
-
-def baseline_of(result: Result, results: list[Result]) -> Result | None:
-    """Return plain LoRA of the same length with as many trainable values within 2%, if there is.
+def baseline_of(result: Result, results: list[Result], name: str) -> Result | None:
+    """Return the method of that name and length with as many values within 2%, if there is one.
 
     Of one side alone a rank of nearly twice that of both has the same number of values.
     """
     alike = [
         r
         for r in results
-        if is_baseline(r.method)
+        if r.method.name == name
         and r.method.length == result.method.length
         and abs(r.trainable - result.trainable) <= 0.02 * r.trainable
     ]
@@ -124,17 +122,18 @@ def difference(result: Result, baseline: Result, key: str = "loss") -> tuple[flo
     return interval([a - b for a, b in pairs]) if pairs else None
 
 
-def table(results: list[Result], setting: dict[str, Any]) -> str:
-    """Return the table of an experiment as Markdown, with what its columns mean."""
+def table(experiment: plan.Experiment, results: list[Result]) -> str:
+    """Return the table of an experiment as Markdown."""
     ends = [end for result in results for end in result.ends()]
     if not ends:
         return "(no finished cell)"
-    task = setting["task"].partition("/")[0]
+    task = experiment.setting["task"].partition("/")[0]
     keys = [key for key in ends[0]["test"] if key != "loss" or task != "glue"]
     written = list(ends[0].get("generated", {}))
     names = NAMES | ({"loss": "relative error"} if task == "regression" else {})
     heads = ["method", "values", "rate", "n", *(names.get(key, key) for key in [*keys, *written])]
-    heads += [f"to LoRA ({names.get(keys[0], keys[0])})", "MiB", "time"]
+    heads += [f"to {name} ({names.get(keys[0], keys[0])})" for name in experiment.compare]
+    heads += ["MiB", "time"]
     full = next((r for r in results if r.method.label == "full"), None)
     rows = []
     for result in results:
@@ -145,9 +144,10 @@ def table(results: list[Result], setting: dict[str, Any]) -> str:
         row = [method.label, f"{result.trainable:,}", rate, n]
         for part, key in [("test", k) for k in keys] + [("generated", k) for k in written]:
             row.append(shown(*interval([end[part][key] for end in own])) if own else "")
-        baseline = baseline_of(result, results)
-        apart = difference(result, baseline, keys[0]) if baseline else None
-        row.append(shown(*apart, sign=True) if apart else "")
+        for name in experiment.compare:
+            baseline = baseline_of(result, results, name)
+            apart = difference(result, baseline, keys[0]) if baseline else None
+            row.append(shown(*apart, sign=True) if apart else "")
         peaks = [cost["peak_mib"] for cost in result.costs.values()]
         row.append(f"{median(peaks):.0f}" if peaks else "")
         ratio = time_ratio(result, full) if full else None
@@ -155,7 +155,7 @@ def table(results: list[Result], setting: dict[str, Any]) -> str:
     told = [i for i in range(len(heads)) if any(row[i] for row in rows)]
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
     text = "\n".join("| " + " | ".join(line[i] for i in told) + " |" for line in lines)
-    return f"{text}\n\n{CAPTION.format(policy=POLICIES.get(task, POLICY))}"
+    return f"{text}\n\n{POLICIES.get(task, POLICY)}"
 
 
 def time_ratio(result: Result, full: Result) -> float | None:
@@ -195,21 +195,26 @@ def placed(page: Path, names: list[str]) -> list[str]:
     return [name for name in names if f"<!-- {name} -->" in content]
 
 
+def place(page: Path, name: str, text: str) -> None:
+    """Put a text into the page, where it has a place of that name."""
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    old = page.read_text(encoding="utf-8") if page.exists() else ""
+    between = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+    new, found = between.subn(lambda _: f"{start}\n{text}\n{end}", old)
+    if found:
+        page.write_text(new, encoding="utf-8")
+    else:
+        print(f"{page} has no place for this: {start} ... {end}", file=sys.stderr)
+
+
 def write(experiment: plan.Experiment, results: Path, figures: Path, page: Path | None) -> str:
     """Draw the figures, put the table into the page where it has a place for it, return it."""
     from . import figures as drawing
 
     found = gather(experiment, results)
-    text = table(found, experiment.setting)
+    text = table(experiment, found)
     drawn = [drawing.draw(f, experiment, found, figures) for f in experiment.figures if found]
     if page is not None:
-        start, end = f"<!-- {experiment.name} -->", f"<!-- end of {experiment.name} -->"
-        old = page.read_text(encoding="utf-8") if page.exists() else ""
-        place = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-        new, found_places = place.subn(lambda _: f"{start}\n{text}\n{end}", old)
-        if found_places:
-            page.write_text(new, encoding="utf-8")
-        else:
-            print(f"{page} has no place for this table: {start} ... {end}", file=sys.stderr)
+        place(page, experiment.name, text)
     done = "\n".join(f"figure: {path}" for path in drawn)
     return f"{experiment.name}: {experiment.title}\n{text}\n{done}"
