@@ -54,7 +54,14 @@ SETTING = {"steps": 7, "tune_steps": 3, "warmup": 2, "eval_every": 3}
 def experiment(**changes: Any) -> plan.Experiment:
     start = dict.fromkeys(METHODS, RATES[2])
     parts = {"name": "x", "title": "", "setting": SETTING, "rates": RATES, "seeds": [0, 1]}
-    parts |= {"tune_seed": 9, "methods": METHODS, "start": start, "like": {}, "figures": []}
+    parts |= {
+        "tune_seed": 9,
+        "methods": METHODS,
+        "start": start,
+        "like": {},
+        "times": {},
+        "figures": [],
+    }
     return plan.Experiment(**(parts | changes))
 
 
@@ -241,6 +248,14 @@ class TestSearch:
             ("LoRA", 1, RATES[2]),
             ("ROSA", 1, RATES[2]),
         ]
+
+    def test_a_rate_can_be_that_of_another_method_times_a_factor(self):
+        like, times = {METHODS[2]: METHODS[1]}, {METHODS[2]: 0.5}
+        e = experiment(methods=METHODS[1:3], like=like, times=times)
+        keys = [cell.key for cell in plan.tuning(e, METHODS[1])]
+        scores = dict(zip(keys, [3.0, 2.0, 1.0, 2.0, 3.0, 4.0], strict=True))
+        assert plan.best_rate(e, METHODS[1], scores) == RATES[2]
+        assert plan.best_rate(e, METHODS[2], scores) == RATES[1]  # the one below it in the grid
 
     def test_the_costs_come_when_nothing_else_is_due(self):
         e = experiment(rates=[1e-3], seeds=[0], methods=METHODS[1:3])
@@ -517,7 +532,7 @@ class TestReport:
     def test_differences_are_paired_by_seed(self):
         lora = self.result(METHODS[1], [1.0, 2.0, 3.0], 1.0, 0.0)
         rosa = self.result(METHODS[2], [0.9, 1.9, 2.9], 1.0, 0.0)
-        middle, half = report.difference(rosa, lora)
+        middle, half = report.interval([a - b for a, b in report.pairs(rosa, lora)])
         assert middle == pytest.approx(-0.1)
         assert half == pytest.approx(0, abs=1e-9)  # though the seeds differ by 1
 
@@ -577,6 +592,15 @@ class TestReport:
         half, apart = 12.706 * 0.4 / 2, 12.706 * 0.2 / 2  # t(0.975, 1) times half of the range
         assert lines[4] == (
             f"| ROSA r=2 | 10 | 0.001 | 2 (1 diverged) | 1.7 ± {half:.1f} | -0.4 ± {apart:.1f} |  "
-            "| 7 | 0.60 |"
+            "| 7 | 0.6 |"
         )
         assert "embeddings, biases and norms frozen" in lines[-1]
+
+    def test_errors_that_span_decades_are_told_by_geometric_means(self):
+        lora = self.result(METHODS[1], [0.5, 0.5])
+        rosa = self.result(METHODS[2], [1e-6, 1e-4])
+        lines = report.table(experiment(setting={"task": "regression/linear"}), [lora, rosa])
+        assert "| over LoRA's |" in lines
+        apart = 10**12.706  # t(0.975, 1) times half of the range, which is two decades
+        low, high, shown = 1e-5 / apart, 1e-5 * apart, "{:.2g} [{:.2g}, {:.2g}]".format
+        assert f"| {shown(1e-5, low, high)} | {shown(2e-5, 2 * low, 2 * high)} |" in lines

@@ -82,10 +82,10 @@ def ranks(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
 
 
 def bars(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
-    """Draw the loss on test of every method but full, with its 95% interval and every seed."""
+    """Draw a metric on test of every method but full, with its 95% interval and every seed."""
     results = [r for r in results if r.ends() and r.method.sampler != "full"][::-1]
     for place, result in enumerate(results):
-        values = [end["test"]["loss"] for end in result.ends()]
+        values = [end["test"][figure.get("key", "loss")] for end in result.ends()]
         middle, half = report.interval(values)
         axes.errorbar(middle, place, xerr=half, marker="o", capsize=4, color="tab:blue")
         axes.plot(values, [place] * len(values), "|", color="black", markersize=9)
@@ -125,11 +125,11 @@ def crossing(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for result in results:
         baseline = report.baseline_of(result, results, "LoRA")
-        apart = report.difference(result, baseline) if baseline else None
-        if apart:
+        both = report.pairs(result, baseline) if baseline else []
+        if both:
             name = f"{result.method.name} r={result.method.rank}"
             steps = result.ends()[0]["steps"]
-            lines.setdefault(name, []).append((steps, *apart))
+            lines.setdefault(name, []).append((steps, *report.interval([a - b for a, b in both])))
     for (name, points), marker in zip(lines.items(), MARKERS, strict=False):
         x, middle, half = zip(*sorted(points), strict=True)
         axes.errorbar(x, middle, half, marker=marker, markersize=5, capsize=3, label=name)

@@ -77,7 +77,8 @@ class Experiment(NamedTuple):
     tune_seed: int
     methods: list[Method]
     start: dict[Method, float]  # where the search for the rate begins
-    like: dict[Method, Method]  # the method whose rate is taken over without a search
+    like: dict[Method, Method]  # the method whose rate is taken over without a search,
+    times: dict[Method, float]  # times that factor, where it is not 1
     figures: list[dict[str, Any]]
     compare: tuple[str, ...] = ("LoRA",)  # names of the methods that the others are compared with
     rounds: int = 3  # in which each method has its turn to be timed
@@ -98,9 +99,10 @@ def load(name: str, folder: Path = FOLDER) -> Experiment:
     if isinstance(setting, str):  # that of another experiment, whose cells then are the same
         other = load(setting, folder)
         setting, rates = other.setting, other.rates
-    methods, start, like = [], {}, {}
+    methods, start, like, times = [], {}, {}, {}
     for entry in content["method"]:
-        options = {k: v for k, v in entry.items() if k not in ("ranks", "start", "like")}
+        others = ("ranks", "start", "like", "times")
+        options = {k: v for k, v in entry.items() if k not in others}
         if unknown := options.keys() - set(Method._fields):
             raise SystemExit(f"{path}: a method has no {min(unknown)!r}, only {Method._fields}")
         for rank in entry.get("ranks", [0]):
@@ -109,11 +111,13 @@ def load(name: str, folder: Path = FOLDER) -> Experiment:
             start[method] = entry.get("start", rates[len(rates) // 2])
             if start[method] not in rates:
                 raise SystemExit(f"{path}: {method.label} starts at a rate beside {rates}")
+            if "times" in entry and "like" not in entry:
+                raise SystemExit(f"{path}: {method.label} has `times`, but is `like` no method")
             if "like" in entry:
                 of = [m for m in methods if m.name == entry["like"] and m.rank in (rank, 0)]
                 if not of:
                     raise SystemExit(f"{path}: {method.label} is like {entry['like']!r}: not above")
-                like[method] = of[0]
+                like[method], times[method] = of[0], entry.get("times", 1.0)
     if len({m.label for m in methods}) < len(methods):
         raise SystemExit(f"{path}: two methods have one name")
     if unknown := set(content.get("compare", [])) - {m.name for m in methods}:
@@ -128,6 +132,7 @@ def load(name: str, folder: Path = FOLDER) -> Experiment:
         methods=methods,
         start=start,
         like=like,
+        times=times,
         figures=content.get("figure", []),
         compare=tuple(content.get("compare", ["LoRA"])),
     )
@@ -139,7 +144,8 @@ def best_rate(experiment: Experiment, method: Method, scores: dict[str, float]) 
     Where the grid has one rate there is nothing to search.
     """
     if method in experiment.like:
-        return best_rate(experiment, experiment.like[method], scores)
+        of = best_rate(experiment, experiment.like[method], scores)
+        return None if of is None else of * experiment.times.get(method, 1.0)
     if len(experiment.rates) == 1:
         return experiment.rates[0]
     tried, missing = walk(experiment, method, scores)

@@ -1,5 +1,6 @@
 """Tables and figures, from the lines of the finished cells alone."""
 
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -24,13 +25,16 @@ NAMES = {
     "spearman": "Spearman",
 }
 
-
+ROUNDING = 2.0**-104  # of float64, squared
 COLUMNS = """\
 - *values*: how many are trained;
 - *rate*: the best of one grid for all methods, by dev, on one seed beside those published (\\* at
   an end of the grid, = taken over from another method);
 - *n*: seeds; ±: 95% interval of the mean (Student's t);
-- *to LoRA*, or to another method: the difference at as many values (within 2%), paired by seed;
+- *to LoRA*, or to another method: the difference at as many values (within 2%), paired by seed, so
+  that a negative one is an advantage where the metric is a loss;
+- errors that span decades (regression) have the geometric mean [its 95% interval], *over LoRA's* is
+  the ratio, likewise; what is below the square of float64's rounding, 5e-32, counts as that;
 - *MiB*: peak of training above the imports, mostly data and activations where the model is small;
 - *time*: of a whole run with its draws over full fine-tuning's, from median steps, in turn with
   nothing else running."""
@@ -81,7 +85,10 @@ def gather(experiment: plan.Experiment, results: Path) -> list[Result]:
         cost = costs.get(cell.method._replace(length=1.0), {})
         new = Result(cell.method, cell.rate, mark if searched else "", {}, cost)
         by_method.setdefault(cell.method, new).runs[cell.seed] = cells[cell.key]
-    if len({lines[0]["data"] for r in by_method.values() for lines in r.runs.values()}) > 1:
+    used = [lines for result in by_method.values() for lines in result.runs.values()]
+    searched = [cell.key for method in by_method for cell in plan.tuning(experiment, method)]
+    used += [cells[key] for key in searched if key in cells]
+    if len({lines[0]["data"] for lines in used}) > 1:
         raise SystemExit(
             f"the cells of {experiment.name} are of different data or base models and cannot be "
             "compared: run them again on one, in an empty folder of results"
@@ -112,14 +119,13 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean(values), float(student.ppf(0.975, n - 1)) * stdev(values) / n**0.5
 
 
-def difference(result: Result, baseline: Result, key: str = "loss") -> tuple[float, float] | None:
-    """Return the interval of the difference of a test metric, paired by seed."""
-    pairs = [
+def pairs(result: Result, baseline: Result, key: str = "loss") -> list[tuple[float, float]]:
+    """Return a test metric of both, seed by seed."""
+    return [
         (of[-1]["test"][key], baseline.runs[seed][-1]["test"][key])
         for seed, of in result.runs.items()
         if seed in baseline.runs and "test" in of[-1] and "test" in baseline.runs[seed][-1]
     ]
-    return interval([a - b for a, b in pairs]) if pairs else None
 
 
 def table(experiment: plan.Experiment, results: list[Result]) -> str:
@@ -130,9 +136,11 @@ def table(experiment: plan.Experiment, results: list[Result]) -> str:
     task = experiment.setting["task"].partition("/")[0]
     keys = [key for key in ends[0]["test"] if key != "loss" or task != "glue"]
     written = list(ends[0].get("generated", {}))
-    names = NAMES | ({"loss": "relative error"} if task == "regression" else {})
+    decades = task == "regression"
+    names = NAMES | ({"loss": "relative error"} if decades else {})
     heads = ["method", "values", "rate", "n", *(names.get(key, key) for key in [*keys, *written])]
-    heads += [f"to {name} ({names.get(keys[0], keys[0])})" for name in experiment.compare]
+    first = names.get(keys[0], keys[0])
+    heads += [f"over {n}'s" if decades else f"to {n} ({first})" for n in experiment.compare]
     heads += ["MiB", "time"]
     full = next((r for r in results if r.method.label == "full"), None)
     rows = []
@@ -143,18 +151,24 @@ def table(experiment: plan.Experiment, results: list[Result]) -> str:
         rate = "" if method.solve else f"{result.rate:g}{result.mark}"
         row = [method.label, f"{result.trainable:,}", rate, n]
         for part, key in [("test", k) for k in keys] + [("generated", k) for k in written]:
-            row.append(shown(*interval([end[part][key] for end in own])) if own else "")
+            values = [end[part][key] for end in own]
+            row.append("" if not own else ranged(values) if decades else shown(*interval(values)))
         for name in experiment.compare:
             baseline = baseline_of(result, results, name)
-            apart = difference(result, baseline, keys[0]) if baseline else None
-            row.append(shown(*apart, sign=True) if apart else "")
+            both = pairs(result, baseline, keys[0]) if baseline else []
+            if not both:
+                row.append("")
+            elif decades:
+                row.append(ranged([a / b for a, b in both]))
+            else:
+                row.append(shown(*interval([a - b for a, b in both]), sign=True))
         peaks = [cost["peak_mib"] for cost in result.costs.values()]
         row.append(f"{median(peaks):.0f}" if peaks else "")
         ratio = time_ratio(result, full) if full else None
-        rows.append([*row, f"{ratio:.2f}" if ratio else ""])
-    told = [i for i in range(len(heads)) if any(row[i] for row in rows)]
+        rows.append([*row, f"{ratio:.1f}" if ratio else ""])
+    filled = [i for i in range(len(heads)) if any(row[i] for row in rows)]
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    text = "\n".join("| " + " | ".join(line[i] for i in told) + " |" for line in lines)
+    text = "\n".join("| " + " | ".join(line[i] for i in filled) + " |" for line in lines)
     return f"{text}\n\n{POLICIES.get(task, POLICY)}"
 
 
@@ -179,10 +193,14 @@ def shown(value: float, half: float, sign: bool = False) -> str:
     plus = "+" if sign else ""
     if half != half or half == 0:
         return f"{value:{plus}.4g}"
-    if abs(value) < 1e-3 and not sign:
-        return f"{value:.1e} ± {half:.0e}"
     digits = min(4, max(0, 1 - _exponent(half)))
     return f"{value:{plus}.{digits}f} ± {half:.{digits}f}"
+
+
+def ranged(values: Sequence[float]) -> str:
+    """Return the geometric mean with its 95% interval, to two digits."""
+    middle, half = interval([math.log(max(value, ROUNDING)) for value in values])
+    return "{:.2g} [{:.2g}, {:.2g}]".format(*map(math.exp, (middle, middle - half, middle + half)))
 
 
 def _exponent(value: float) -> int:

@@ -50,6 +50,7 @@ def shrink(experiment: plan.Experiment) -> plan.Experiment:
         methods=list(kept.values()),
         start=dict.fromkeys(kept.values(), rates[0]),
         like={kept[m]: kept[of] for m, of in experiment.like.items() if m in kept and of in kept},
+        times={kept[m]: factor for m, factor in experiment.times.items() if m in kept},
     )
 
 
