@@ -548,7 +548,7 @@ class TestReport:
         assert report.baseline_of(one_side, results, "full") is None
 
     def test_a_method_to_compare_with_that_is_not_there_is_named(self, tmp_path):
-        for name in ("code", "moments"):
+        for name in ("e2e", "moments"):
             shutil.copy(plan.FOLDER / f"{name}.toml", tmp_path)
         assert plan.load("moments", tmp_path).compare == ("reset",)
         file = tmp_path / "moments.toml"
