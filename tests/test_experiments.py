@@ -547,6 +547,22 @@ class TestReport:
         assert none == [None] * 3
         assert report.baseline_of(one_side, results, "full") is None
 
+    @pytest.mark.parametrize("other", ["final", "tune"])
+    def test_cells_of_other_data_or_another_base_are_not_compared(self, tmp_path, other):
+        e = experiment(rates=RATES[:1], methods=METHODS[1:2])  # one rate, which is searched no more
+        cells = [*plan.due(e, {}), plan.tuning(e, METHODS[1])[0]]
+        for data, path in (("same", tmp_path / "same"), ("other", tmp_path / "other")):
+            path.mkdir()
+            for cell in cells:
+                of = data if cell.phase == other and cell.seed != 0 else "same"
+                start = {"cell": cell.key, "event": "start", "data": of}
+                end = {"cell": cell.key, "event": "end", "best": 1.0}
+                records.append(path / "x.jsonl", [start, end])
+        (result,) = report.gather(e, tmp_path / "same")
+        assert len(result.runs) == 2
+        with pytest.raises(SystemExit, match="different data or base models"):
+            report.gather(e, tmp_path / "other")
+
     def test_a_method_to_compare_with_that_is_not_there_is_named(self, tmp_path):
         for name in ("e2e", "moments"):
             shutil.copy(plan.FOLDER / f"{name}.toml", tmp_path)
