@@ -37,6 +37,8 @@ def random(W: Tensor, r: int, site: Site) -> tuple[Tensor, Tensor]:
         W = sum_i s_i u_i v_i^T,    A B = sum_{i in I} s_i u_i v_i^T,    I a random r-subset
 
     The singular values are shared equally: column i of A and row i of B both have norm sqrt(s_i).
+    (All on the input side was measured to be level with that, all on the output side not better;
+    examples/experiments/RESULTS.md, `factors`.)
     Directions come from `eigh` of the smaller Gram matrix in W's dtype. Within it, directions
     whose singular values are closer than about eps * s_max**2 / s_i mix: the subspace is then
     random in another basis, while the law W = R + A B is untouched.
