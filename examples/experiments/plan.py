@@ -78,7 +78,7 @@ class Experiment(NamedTuple):
     methods: list[Method]
     start: dict[Method, float]  # where the search for the rate begins
     like: dict[Method, Method]  # the method whose rate is taken over without a search,
-    times: dict[Method, float]  # times that factor, where it is not 1
+    times: dict[Method, float]  # times that factor; 1 for a method that is not here
     figures: list[dict[str, Any]]
     compare: tuple[str, ...] = ("LoRA",)  # names of the methods that the others are compared with
     rounds: int = 3  # in which each method has its turn to be timed
