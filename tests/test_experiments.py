@@ -524,7 +524,10 @@ class TestReport:
         slow = {**cost, "step_seconds": 3 * step, "draw_seconds": 3 * draw}  # a busy round
         end = {"event": "end", "trainable": trainable, "steps": 100, "cycles": 4}
         runs = {
-            seed: [{"event": "start", "data": ""}, {**end, "test": {"loss": loss}}]
+            seed: [
+                {"event": "start", "data": ""},
+                {**end, "best": 3 * loss, "test": {"loss": loss}},
+            ]
             for seed, loss in enumerate(losses)
         }
         return report.Result(method, 1e-3, "", runs, {0: cost, 1: slow, 2: cost})
@@ -572,6 +575,19 @@ class TestReport:
         with pytest.raises(SystemExit, match="'rest', to compare with"):
             plan.load("moments", tmp_path)
 
+    def test_a_factor_of_a_rate_needs_a_method_to_take_the_rate_from(self, tmp_path):
+        text = (plan.FOLDER / "theorem.toml").read_text(encoding="utf-8")
+        (tmp_path / "x.toml").write_text(text.replace("ranks =", "times = 0.5\nranks =", 1))
+        with pytest.raises(SystemExit, match="has `times`, but is `like` no method"):
+            plan.load("x", tmp_path)
+
+    def test_the_time_spent_is_that_of_the_runs_alone(self, tmp_path):
+        for name, end in (("a", {"seconds": 1800.0}), ("b", {"seconds": 5400.0}), ("cost", {})):
+            start = {"cell": name, "event": "start"}
+            records.append(tmp_path / "x.jsonl", [start, {"cell": name, "event": "end", **end}])
+        assert report.spent(tmp_path).startswith("2 runs,")
+        assert ": 2.0 hours of training on one core each" in report.spent(tmp_path)
+
     def test_a_logarithmic_figure_shows_the_range_of_the_seeds(self, tmp_path, monkeypatch):
         drawn = []
         close = figures.plt.close
@@ -603,12 +619,13 @@ class TestReport:
         compared = experiment(setting={"task": "code"}, compare=("LoRA", "ROSA"))
         lines = report.table(compared, [full, lora, rosa]).splitlines()
         assert lines[0] == (
-            "| method | values | rate | n | NLL | to LoRA (NLL) | to ROSA (NLL) | MiB | time |"
+            "| method | values | rate | n | NLL | to LoRA (NLL) | on dev "
+            "| to ROSA (NLL) | on dev | MiB | time |"
         )
         half, apart = 12.706 * 0.4 / 2, 12.706 * 0.2 / 2  # t(0.975, 1) times half of the range
         assert lines[4] == (
-            f"| ROSA r=2 | 10 | 0.001 | 2 (1 diverged) | 1.7 ± {half:.1f} | -0.4 ± {apart:.1f} |  "
-            "| 7 | 0.6 |"
+            f"| ROSA r=2 | 10 | 0.001 | 2 (1 diverged) | 1.7 ± {half:.1f} | -0.4 ± {apart:.1f} "
+            f"| -1.2 ± {3 * apart:.1f} |  |  | 7 | 0.6 |"
         )
         assert "embeddings, biases and norms frozen" in lines[-1]
 

@@ -63,8 +63,9 @@ def main() -> None:
         names = args.names or report.placed(args.page, plan.names(args.experiments))
         for experiment in [plan.load(name, args.experiments) for name in names]:
             print(report.write(experiment, args.results, args.figures, args.page))
-        report.place(args.page, "columns", report.COLUMNS)
-        print(report.COLUMNS)
+        for name, text in (("columns", report.COLUMNS), ("spent", report.spent(args.results))):
+            report.place(args.page, name, text)
+            print(text)
 
 
 def tiny(names: list[str], experiments: Path, jobs: int) -> None:

@@ -32,7 +32,8 @@ COLUMNS = """\
   an end of the grid, = taken over from another method);
 - *n*: seeds; ±: 95% interval of the mean (Student's t);
 - *to LoRA*, or to another method: the difference at as many values (within 2%), paired by seed, so
-  that a negative one is an advantage where the metric is a loss;
+  that a negative one is an advantage where the metric is a loss; on *dev* that of the best losses
+  there, which the weights were chosen by;
 - errors that span decades (regression) have the geometric mean [its 95% interval], *over LoRA's* is
   the ratio, likewise; what is below the square of float64's rounding, 5e-32, counts as that;
 - *MiB*: peak of training above the imports, mostly data and activations where the model is small;
@@ -120,9 +121,13 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def pairs(result: Result, baseline: Result, key: str = "loss") -> list[tuple[float, float]]:
-    """Return a test metric of both, seed by seed."""
+    """Return a test metric of both, or with "dev" the best loss there, seed by seed."""
+
+    def value(end: records.Line) -> float:
+        return float(end["best"] if key == "dev" else end["test"][key])
+
     return [
-        (of[-1]["test"][key], baseline.runs[seed][-1]["test"][key])
+        (value(of[-1]), value(baseline.runs[seed][-1]))
         for seed, of in result.runs.items()
         if seed in baseline.runs and "test" in of[-1] and "test" in baseline.runs[seed][-1]
     ]
@@ -140,7 +145,9 @@ def table(experiment: plan.Experiment, results: list[Result]) -> str:
     names = NAMES | ({"loss": "relative error"} if decades else {})
     heads = ["method", "values", "rate", "n", *(names.get(key, key) for key in [*keys, *written])]
     first = names.get(keys[0], keys[0])
-    heads += [f"over {n}'s" if decades else f"to {n} ({first})" for n in experiment.compare]
+    differences = [keys[0]] if decades else [keys[0], "dev"]
+    for name in experiment.compare:
+        heads += [f"over {name}'s"] if decades else [f"to {name} ({first})", "on dev"]
     heads += ["MiB", "time"]
     full = next((r for r in results if r.method.label == "full"), None)
     rows = []
@@ -155,13 +162,14 @@ def table(experiment: plan.Experiment, results: list[Result]) -> str:
             row.append("" if not own else ranged(values) if decades else shown(*interval(values)))
         for name in experiment.compare:
             baseline = baseline_of(result, results, name)
-            both = pairs(result, baseline, keys[0]) if baseline else []
-            if not both:
-                row.append("")
-            elif decades:
-                row.append(ranged([a / b for a, b in both]))
-            else:
-                row.append(shown(*interval([a - b for a, b in both]), sign=True))
+            for key in differences:
+                both = pairs(result, baseline, key) if baseline else []
+                if not both:
+                    row.append("")
+                elif decades:
+                    row.append(ranged([a / b for a, b in both]))
+                else:
+                    row.append(shown(*interval([a - b for a, b in both]), sign=True))
         peaks = [cost["peak_mib"] for cost in result.costs.values()]
         row.append(f"{median(peaks):.0f}" if peaks else "")
         ratio = time_ratio(result, full) if full else None
@@ -201,6 +209,16 @@ def ranged(values: Sequence[float]) -> str:
     """Return the geometric mean with its 95% interval, to two digits."""
     middle, half = interval([math.log(max(value, ROUNDING)) for value in values])
     return "{:.2g} [{:.2g}, {:.2g}]".format(*map(math.exp, (middle, middle - half, middle + half)))
+
+
+def spent(results: Path) -> str:
+    """Return how many runs there are and how long they trained."""
+    ends = [lines[-1] for lines in records.read(results).values()]
+    runs = [end["seconds"] for end in ends if "seconds" in end]
+    return (
+        f"{len(runs):,} runs, those of the searches for a rate among them: {sum(runs) / 3600:.1f} "
+        "hours of training on one core each, evaluation and generation not counted."
+    )
 
 
 def _exponent(value: float) -> int:
