@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import rosa_func
 
 from .. import finetune_data as shared
+from ..made_once import made_once
 from . import base, corpora
 from .task import Forward, Metrics, Task, digest
 
@@ -53,7 +54,19 @@ def load_model(name: str, data: Path | None, cache: Path) -> tuple[Any, PreTrain
         return model.eval(), AutoTokenizer.from_pretrained(directory)
     if kind == "tiny":  # of a folder of data that tiny.py made
         name = str((data or Path()) / of)
+    if name == "smollm2":  # its GGUF takes half a minute to read, and every cell reads it
+        name = str(made_once(cache / name, converted))
     return shared.load_model(name, torch.float32)
+
+
+def converted(content: Path) -> None:
+    """Write SmolLM2 in transformers' format."""
+    model, tokenizer = shared.load_model("smollm2", torch.float32)
+    del model.config.quantization_config  # it was dequantised, which save_pretrained overlooks
+    stock = AutoModelForCausalLM.from_config(model.config)
+    stock.load_state_dict(model.state_dict())
+    stock.save_pretrained(content)
+    tokenizer.save_pretrained(content)
 
 
 def examples(
