@@ -581,6 +581,16 @@ class TestReport:
         with pytest.raises(SystemExit, match="has `times`, but is `like` no method"):
             plan.load("x", tmp_path)
 
+    def test_another_model_has_cells_and_a_name_of_its_own(self):
+        usual = plan.load("glue-cola")
+        other = plan.with_model(usual, "FacebookAI/roberta-base")
+        assert other.name == "glue-cola-FacebookAI-roberta-base"
+        assert other.setting == {**usual.setting, "model": "FacebookAI/roberta-base"}
+        keys = [{cell.key for cell in plan.due(e, {})} for e in (usual, other)]
+        assert not keys[0] & keys[1]
+        with pytest.raises(SystemExit, match="theorem takes no model"):
+            plan.with_model(plan.load("theorem"), "minilm")
+
     def test_the_time_spent_is_that_of_the_runs_alone(self, tmp_path):
         for name, end in (("a", {"seconds": 1800.0}), ("b", {"seconds": 5400.0}), ("cost", {})):
             start = {"cell": name, "event": "start"}

@@ -36,6 +36,9 @@ def main() -> None:
         help="experiments; without, those of the page for report, and all for tiny",
     )
     parser.add_argument("--data", type=Path, help="folder of data sets (without it, the Hub)")
+    parser.add_argument(
+        "--model", help="in the place of the file's: smollm2, minilm, a name of the Hub, a folder"
+    )
     parser.add_argument("--cache", type=Path, default=Path("runs/bases"), help="of base models")
     parser.add_argument("--results", type=Path, default=folder / "results", help="of the lines")
     parser.add_argument("--figures", type=Path, default=folder / "figures")
@@ -45,6 +48,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.jobs < 1:
         parser.error(f"--jobs is a positive number of cells, got {args.jobs}")
+
+    def loaded(names: list[str]) -> list[plan.Experiment]:
+        found = [plan.load(name, args.experiments) for name in names]
+        return [plan.with_model(e, args.model) for e in found] if args.model else found
+
     if args.command == "list":
         for name in plan.names(args.experiments):
             print(f"{name:24}{plan.load(name, args.experiments).title}")
@@ -53,7 +61,7 @@ def main() -> None:
 
         if not args.names:
             parser.error("run needs the name of an experiment; `list` shows them")
-        for experiment in [plan.load(name, args.experiments) for name in args.names]:
+        for experiment in loaded(args.names):
             runner.run(experiment, args.data, args.cache, args.results, args.jobs)
     elif args.command == "tiny":
         tiny(args.names or plan.names(args.experiments), args.experiments, args.jobs)
@@ -61,11 +69,13 @@ def main() -> None:
         from . import report
 
         names = args.names or report.placed(args.page, plan.names(args.experiments))
-        for experiment in [plan.load(name, args.experiments) for name in names]:
-            print(report.write(experiment, args.results, args.figures, args.page))
+        page = None if args.model else args.page  # which is of the files' own models
+        for experiment in loaded(names):
+            print(report.write(experiment, args.results, args.figures, page))
         for name, text in (("columns", report.COLUMNS), ("spent", report.spent(args.results))):
-            report.place(args.page, name, text)
             print(text)
+            if page is not None:
+                report.place(page, name, text)
 
 
 def tiny(names: list[str], experiments: Path, jobs: int) -> None:

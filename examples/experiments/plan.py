@@ -138,6 +138,17 @@ def load(name: str, folder: Path = FOLDER) -> Experiment:
     )
 
 
+def with_model(experiment: Experiment, model: str) -> Experiment:
+    """Return the experiment with another model, under a name of its own."""
+    if "model" not in experiment.setting:
+        raise SystemExit(f"--model {model}: {experiment.name} takes no model")
+    return experiment._replace(
+        name=f"{experiment.name}-{model.strip('/').replace('/', '-')}",
+        title=f"{experiment.title}: with {model} in its place",
+        setting={**experiment.setting, "model": model},
+    )
+
+
 def best_rate(experiment: Experiment, method: Method, scores: dict[str, float]) -> float | None:
     """Return the best rate of a method by dev, or None as long as cells of the search are missing.
 
