@@ -496,7 +496,7 @@ class TestRunner:
         page = tmp_path / "page.md"
         page.write_text("before\n<!-- theorem -->\nold\n<!-- end of theorem -->\nafter\n")
         said = report.write(e, ran, tmp_path, page)
-        assert (tmp_path / "theorem-curves.png").stat().st_size > 1000
+        assert (tmp_path / "theorem-curves-r8.png").stat().st_size > 1000
         additive = next(line for line in said.splitlines() if line.startswith("| additive r=8"))
         assert additive in page.read_text()
         assert page.read_text().startswith("before\n") and page.read_text().endswith("after\n")
@@ -520,7 +520,7 @@ class TestReport:
         draw: float = 0.0,
         trainable: int = 10,
     ) -> Any:
-        cost = {"step_seconds": step, "draw_seconds": draw, "peak_mib": 7.0}
+        cost = {"step_seconds": step, "draw_seconds": draw, "peak_mib": 7.0, "file": "x.jsonl"}
         slow = {**cost, "step_seconds": 3 * step, "draw_seconds": 3 * draw}  # a busy round
         end = {"event": "end", "trainable": trainable, "steps": 100, "cycles": 4}
         runs = {
@@ -620,6 +620,30 @@ class TestReport:
         full = self.result(METHODS[0], [1.0], 2.0, 0.0)
         rosa = self.result(METHODS[2], [1.0], 1.0, 5.0)
         assert report.time_ratio(rosa, full) == pytest.approx((100 * 1 + 4 * 5) / (100 * 2))
+
+    def test_times_of_other_runs_are_not_compared(self, tmp_path):
+        for name in ("a", "b"):
+            records.append(
+                tmp_path / f"{name}.jsonl",
+                [{"cell": name, "event": "start"}, {"cell": name, "event": "end", "best": None}],
+            )
+        cells = records.read(tmp_path)
+        assert {key: lines[-1]["file"] for key, lines in cells.items()} == {
+            "a": "a.jsonl",
+            "b": "b.jsonl",
+        }
+        full, rosa = self.result(METHODS[0], [1.0]), self.result(METHODS[2], [1.0])
+        rosa.costs[0]["file"] = rosa.costs[1]["file"] = "other.jsonl"
+        assert report.time_ratio(rosa, full) is None
+
+    def test_every_search_for_a_rate_sees_a_resample(self):
+        """A third of the steps at least come after it, or a rate would suit one draw alone."""
+        for name in plan.names():
+            e = plan.load(name)
+            steps = e.setting.get("tune_steps", 0)
+            for method in e.methods if len(e.rates) > 1 else []:
+                if method.every and method not in e.like:
+                    assert next(adapting.cycle_starts(method, steps), steps) <= steps * 2 / 3, name
 
     def test_a_table_has_mean_interval_difference_time_and_diverged_runs(self):
         full = self.result(METHODS[0], [1.0, 1.0], 2.0, 0.0, trainable=100)

@@ -28,7 +28,8 @@ def draw(
     KINDS[figure["kind"]](axes, chosen, figure)
     drawing.suptitle(experiment.title, fontsize="medium")
     axes.grid(which="both", alpha=0.3)
-    path = folder / f"{experiment.name}-{figure['kind']}.png"
+    of = f"-r{figure['rank']}" if "rank" in figure else ""
+    path = folder / f"{experiment.name}-{figure['kind']}{of}.png"
     drawing.savefig(path, dpi=120)
     plt.close(drawing)
     return path

@@ -38,7 +38,7 @@ COLUMNS = """\
   the ratio, likewise; what is below the square of float64's rounding, 5e-32, counts as that;
 - *MiB*: peak of training above the imports, mostly data and activations where the model is small;
 - *time*: of a whole run with its draws over full fine-tuning's, from median steps, in turn with
-  nothing else running."""
+  nothing else running; none where full fine-tuning had no turn in the same run."""
 POLICIES = {
     "regression": "All weights are matrices; there are no biases.",
     "glue": "full trains every parameter; the others the matrices of the encoder's linear layers "
@@ -181,11 +181,15 @@ def table(experiment: plan.Experiment, results: list[Result]) -> str:
 
 
 def time_ratio(result: Result, full: Result) -> float | None:
-    """Return the time of a run, draws included, over full fine-tuning's: the median over rounds."""
+    """Return the time of a run, draws included, over full fine-tuning's: the median over rounds.
+
+    Only where both had their turns in one run: at another hour the machine was another.
+    """
     ratios = [
         seconds(cost, result) / seconds(full.costs[round], full)
         for round, cost in result.costs.items()
         if round in full.costs and result.ends() and full.ends()
+        if cost["file"] == full.costs[round]["file"]
     ]
     return median(ratios) if ratios else None
 
