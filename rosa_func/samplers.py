@@ -102,7 +102,10 @@ def projection(W: Tensor, r: int, site: Site) -> tuple[Tensor, Tensor]:
 
         A B = Q Q^T W (m <= n)  or  W Q Q^T (m > n),    Q^T Q = I, uniformly distributed
 
-    Q is the QR factor of a Gaussian matrix; the norm of each term is shared equally.
+    Q is the QR factor of a Gaussian matrix; the norm of each term is shared equally. On text it was
+    measured to be level with `random` or better, and a draw takes a fraction of the time; in
+    regression from rank 8 on it needs more cycles (examples/experiments/RESULTS.md,
+    `e2e-samplers` and `theorem`).
 
     Source: Hameed and Rabusseau 2023, section 3 (QR in place of the SVD).
 

@@ -49,7 +49,9 @@ def init(
             mapping from patterns to either, of which the first match counts.
         key: any int. Each weight draws from `fold_in(key, "init", name)`, so that a draw does
             not depend on what else is adapted.
-        sampler: how A and B are drawn from W, see `rosa_func.samplers`.
+        sampler: how A and B are drawn from W, see `rosa_func.samplers`. The default is the
+            paper's: on text no other was found to be better at more than one rank
+            (examples/experiments/RESULTS.md, `samplers` and `e2e-samplers`).
         targets: None for every `nn.Linear` and `Conv1D` weight of the backbone; a string or
             strings, where "c_attn" means the weight of each module of that name, and anything
             with `*` or `.` is an fnmatch pattern on parameter names; or a predicate
@@ -138,6 +140,10 @@ def resample(
     """Merge each adapted weight and draw a new subspace for it; the function stays the same.
 
         W = R + A B,    then    W = R' + A' B'    with A', B' drawn from W
+
+    How often depends on the task: at rank 4 a few cycles a run were better than one on E2E and
+    source code, and worse on ELI5 (examples/experiments/RESULTS.md, `e2e-every`, `code` and
+    `eli5-variants`). Begin with none, and add resamples where a dev set gains by them.
 
     Nothing is differentiated through the decomposition. Where a compensation is kept, the sum
     that is split again is the unrounded one, so 16-bit weights neither drift nor lose small

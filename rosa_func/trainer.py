@@ -18,7 +18,8 @@ class ResampleCallback(TrainerCallback):
     *pretrained* content.
 
     Args:
-        every: optimizer steps between two resamples; None for one at each epoch's start.
+        every: optimizer steps between two resamples; None for one at each epoch's start, as in
+            the paper. What is best is a choice of the task: see `resample`.
         key: any int.
         sampler: as in `resample`.
         moments: as in `optim.rebind`.
