@@ -78,8 +78,17 @@ def ranks(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
         below = [m - v for m, v in zip(middle, low, strict=True)]
         above = [v - m for m, v in zip(middle, high, strict=True)]
         axes.errorbar(x, middle, (below, above), marker=marker, ms=5, capsize=3, label=name)
-    axes.set(xlabel="trainable values", xscale="log", ylabel=figure["y"])
+    axes.set(xlabel="trainable values", ylabel=figure["y"])
+    logarithmic(axes, [point[0] for points in lines.values() for point in points])
     legend(axes)
+
+
+def logarithmic(axes: Axes, values: list[float]) -> None:
+    """Make the horizontal axis logarithmic, with a mark for each value on it."""
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(set(values)), [f"{value:,.0f}" for value in sorted(set(values))])
+    axes.set_xticks([], minor=True)
+    axes.tick_params(axis="x", labelrotation=25)  # those of a high rank are close to each other
 
 
 def bars(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
@@ -135,7 +144,8 @@ def crossing(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
         x, middle, half = zip(*sorted(points), strict=True)
         axes.errorbar(x, middle, half, marker=marker, markersize=5, capsize=3, label=name)
     axes.axhline(0, color="black", linewidth=1)
-    axes.set(xlabel="steps", xscale="log", ylabel=figure["y"])
+    axes.set(xlabel="steps", ylabel=figure["y"])
+    logarithmic(axes, [point[0] for points in lines.values() for point in points])
     legend(axes)
 
 
