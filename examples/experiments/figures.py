@@ -41,7 +41,10 @@ def legend(axes: Axes) -> None:
 
 
 def curves(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
-    """Draw the loss on dev over the steps, with its interval."""
+    """Draw the loss on dev over the steps, with its interval; of many methods the mean alone."""
+    many = len(results) > 10
+    if many:
+        axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for result, marker in zip(results, MARKERS, strict=False):
         points: dict[int, list[float]] = {}
         for lines in result.runs.values():
@@ -51,7 +54,8 @@ def curves(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
         steps = sorted(points)
         middle, low, high = zip(*(spread(points[step], figure) for step in steps), strict=True)
         (line,) = axes.plot(steps, middle, marker=marker, markersize=4, label=result.method.label)
-        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        if not many:
+            axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_ylim(figure.get("bottom"), figure.get("top"))
     axes.set(xlabel=figure.get("x", "steps"), ylabel=figure["y"])
     legend(axes)
