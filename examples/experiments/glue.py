@@ -38,10 +38,11 @@ def load(name: str, setting: dict[str, Any], seed: int, data: Path | None) -> Ta
         model = AutoModelForSequenceClassification.from_pretrained(
             directory, num_labels=1 if graded else 2
         )
-    rows = encode(read(name, "train", data), FIELDS.get(name, PAIR), tokenizer, setting["length"])
-    rows = sample(rows, setting["rows"]["train"], 0)
+    fields = FIELDS.get(name, PAIR)
+    chosen = sample(read(name, "train", data), setting["rows"]["train"], 0)
+    rows = encode(chosen, fields, tokenizer, setting["length"])
     tenth = len(rows) // 10
-    test = encode(read(name, "dev", data), FIELDS.get(name, PAIR), tokenizer, setting["length"])
+    test = encode(read(name, "dev", data), fields, tokenizer, setting["length"])
     splits = {"train": rows[tenth:], "dev": rows[:tenth], "test": test}
     size = setting["batch"]
 
