@@ -7,8 +7,8 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from rosa_func import exact as arithmetic
+from rosa_func import layout, targets
 from rosa_func import state as states
-from rosa_func import targets
 from rosa_func.compose import check_fit, compose
 from rosa_func.parallel import map_weights
 
@@ -68,10 +68,10 @@ def delta(
     targets.refuse_meta(model)
     check_fit(model, compose(state))
     pretrained = targets.tensors(model)
-    adapted = states.check(state)
+    adapted = layout.check(state)
 
     def work(name: str) -> _Change:
-        W = arithmetic.join(*states.parts(state, name)).double()
+        W = arithmetic.join(*layout.parts(state, name)).double()
         W0 = pretrained[name].flatten(1).to(W)
         return _factored(W, W - W0, tol, rank, arithmetic.factor_dtype(pretrained[name].dtype))
 

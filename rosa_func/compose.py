@@ -10,8 +10,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rosa_func import state as states
-from rosa_func import targets
+from rosa_func import layout, targets
 from rosa_func.composed import composed
 from rosa_func.recompute import (
     Reparametrized,
@@ -49,7 +48,7 @@ def compose(state: TensorDict) -> dict[str, Tensor]:
         >>> torch.allclose(y, model(x), atol=1e-6)
         True
     """
-    adapted = set(states.check(state))
+    adapted = set(layout.check(state))
     weights = dict(state["frozen"].items())
     for name, value in state["trainable"].items():
         if name in adapted:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from tensordict import TensorDict
 from torch import Tensor
 
-from rosa_func import samplers, tree
+from rosa_func import layout, samplers, tree
 from rosa_func import state as states
 from rosa_func.samplers import Sampler
 
@@ -47,7 +47,7 @@ def resample(
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return states.resample(state, key, sampler=sampler)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    adapted = states.check(state)
+    adapted = layout.check(state)
     failure: Exception | None = None
     own = TensorDict()
     try:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from rosa_func import distributed as sharded
 from rosa_func import optim, samplers
 from rosa_func.compose import bind, call, skeleton
+from rosa_func.layout import check
 from rosa_func.leaves import leaves
 from rosa_func.samplers import Sampler
-from rosa_func.state import check
 
 Path = tuple[str, ...]
 

@@ -1,7 +1,7 @@
 """The life of a state: init, resample, merge."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -10,18 +10,10 @@ from torch import Tensor, nn
 from rosa_func import exact as arithmetic
 from rosa_func import keys, samplers
 from rosa_func import targets as targeting
+from rosa_func.layout import Split, check, parts
 from rosa_func.parallel import map_weights
 from rosa_func.samplers import Sampler, Site
 from rosa_func.targets import Rank, Targets
-
-
-class _Split(NamedTuple):
-    """One weight after a draw: all that the state holds of it."""
-
-    R: Tensor
-    A: Tensor
-    B: Tensor
-    c: Tensor | None
 
 
 def init(
@@ -112,7 +104,7 @@ def start(
         name: targeting.rank(r, name, _matrix_shape(name, shapes[name])) for name in plan.adapted
     }
 
-    def work(name: str) -> _Split:
+    def work(name: str) -> Split:
         W = read(name)
         site = Site(name, plan.adapted[name], keys.generator(key, "init", name))
         kept = arithmetic.compensation_dtype(W.dtype, exact)
@@ -180,7 +172,7 @@ def resample(
     if r is not None:
         targeting.check_rank_patterns(r, adapted)
 
-    def work(name: str) -> _Split:
+    def work(name: str) -> Split:
         R, A, B, c = parts(state, name)
         rank = A.shape[1] if r is None else targeting.rank(r, name, (A.shape[0], B.shape[1]))
         site = Site(name, int(state["input_dim", name]), keys.generator(key, "resample", name))
@@ -235,41 +227,6 @@ def merge(state: TensorDict) -> dict[str, Tensor]:
     return weights
 
 
-def check(state: TensorDict) -> list[str]:
-    """Return the adapted names, after making sure that each has its residual and factors."""
-    if missing := [
-        part for part in ("frozen", "trainable", "input_dim") if part not in state.keys()
-    ]:
-        raise KeyError(f"the state has no entry {missing[0]!r}; it has {sorted(state.keys())}")
-    adapted = [name for name, value in state["trainable"].items() if not isinstance(value, Tensor)]
-    if unmatched := set(adapted).symmetric_difference(state["input_dim"].keys()):
-        name = min(unmatched)
-        raise KeyError(
-            f"the state lacks {name} in {'input_dim' if name in adapted else 'trainable'}"
-        )
-    for name in adapted:
-        for factor in ("A", "B"):
-            if factor not in state["trainable", name].keys():
-                raise KeyError(f"the state lacks the factor {factor} of {name}")
-        if name not in state["frozen"].keys():
-            raise KeyError(f"the state lacks the frozen residual of {name}")
-        R, A, B, _ = parts(state, name)
-        if A.shape[1] != B.shape[0] or (A.shape[0], B.shape[1]) != R.shape:
-            raise ValueError(
-                f"the factors of {name} have shapes {tuple(A.shape)} and {tuple(B.shape)}, "
-                f"which do not multiply to its residual's {tuple(R.shape)}"
-            )
-    return adapted
-
-
-def parts(state: TensorDict, name: str) -> _Split:
-    """Return what the state holds of an adapted weight, R and c as matrices."""
-    R, factors = state["frozen", name], state["trainable", name]
-    c = state["compensation"].get(name, None) if "compensation" in state.keys() else None
-    c = None if c is None else c.flatten(1)
-    return _Split(R.detach().flatten(1), factors["A"].detach(), factors["B"].detach(), c)
-
-
 def _matrix_shape(name: str, shape: torch.Size) -> tuple[int, int]:
     if shape.numel() == 0:
         raise ValueError(f"{name} is empty, of shape {tuple(shape)}: nothing to factor")
@@ -278,7 +235,7 @@ def _matrix_shape(name: str, shape: torch.Size) -> tuple[int, int]:
 
 def _draw(
     W: Tensor, r: int, sampler: Sampler, site: Site, dtype: torch.dtype, kept: torch.dtype | None
-) -> _Split:
+) -> Split:
     """Draw the factors of W and split it, in W's shape; refuse what no split can be made of."""
     if not _all_finite(W):
         raise ValueError(
@@ -294,7 +251,7 @@ def _draw(
         raise ValueError(
             f"the residual of {site.name} is beyond float16's largest value, 65504; use bfloat16"
         )
-    return _Split(R.view(W.shape), A, B, None if c is None else c.view(W.shape))
+    return Split(R.view(W.shape), A, B, None if c is None else c.view(W.shape))
 
 
 def _all_finite(W: Tensor) -> bool:
@@ -304,7 +261,7 @@ def _all_finite(W: Tensor) -> bool:
 
 def _assemble(
     frozen: dict[str, Tensor],
-    splits: dict[str, _Split],
+    splits: dict[str, Split],
     full: dict[str, Tensor],
     input_dim: dict[str, Tensor],
 ) -> TensorDict:
