@@ -3,7 +3,7 @@
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import NamedTuple
@@ -120,12 +120,15 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean(values), float(student.ppf(0.975, n - 1)) * stdev(values) / n**0.5
 
 
-def pairs(result: Result, baseline: Result, key: str = "loss") -> list[tuple[float, float]]:
-    """Return a test metric of both, or with "dev" the best loss there, seed by seed."""
+def test_loss(end: records.Line) -> float:
+    """Return what a last line says of test."""
+    return float(end["test"]["loss"])
 
-    def value(end: records.Line) -> float:
-        return float(end["best"] if key == "dev" else end["test"][key])
 
+def pairs(
+    result: Result, baseline: Result, value: Callable[[records.Line], float] = test_loss
+) -> list[tuple[float, float]]:
+    """Return a value of the last lines of both, seed by seed."""
     return [
         (value(of[-1]), value(baseline.runs[seed][-1]))
         for seed, of in result.runs.items()
@@ -145,7 +148,7 @@ def table(experiment: plan.Experiment, results: list[Result]) -> str:
     names = NAMES | ({"loss": "relative error"} if decades else {})
     heads = ["method", "values", "rate", "n", *(names.get(key, key) for key in [*keys, *written])]
     first = names.get(keys[0], keys[0])
-    differences = [keys[0]] if decades else [keys[0], "dev"]
+    differences = [lambda end: float(end["test"][keys[0]]), lambda end: float(end["best"])]
     for name in experiment.compare:
         heads += [f"over {name}'s"] if decades else [f"to {name} ({first})", "on dev"]
     heads += ["MiB", "time"]
@@ -162,8 +165,8 @@ def table(experiment: plan.Experiment, results: list[Result]) -> str:
             row.append("" if not own else ranged(values) if decades else shown(*interval(values)))
         for name in experiment.compare:
             baseline = baseline_of(result, results, name)
-            for key in differences:
-                both = pairs(result, baseline, key) if baseline else []
+            for value in differences[:1] if decades else differences:
+                both = pairs(result, baseline, value) if baseline else []
                 if not both:
                     row.append("")
                 elif decades:
