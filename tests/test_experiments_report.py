@@ -1,0 +1,150 @@
+"""Tables and figures of lines written by hand."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_experiment import METHODS, RATES, experiment
+
+from examples.experiments import figures, plan, records, report
+
+
+class TestReport:
+    """Tables of lines written by hand, with the figures computed here once more."""
+
+    def result(
+        self,
+        method: plan.Method,
+        losses: list[float],
+        step: float = 1.0,
+        draw: float = 0.0,
+        trainable: int = 10,
+    ) -> Any:
+        cost = {"step_seconds": step, "draw_seconds": draw, "peak_mib": 7.0, "file": "x.jsonl"}
+        slow = {**cost, "step_seconds": 3 * step, "draw_seconds": 3 * draw}  # a busy round
+        end = {"event": "end", "trainable": trainable, "steps": 100, "cycles": 4}
+        runs = {
+            seed: [
+                {"event": "start", "data": ""},
+                {**end, "best": 3 * loss, "test": {"loss": loss}},
+            ]
+            for seed, loss in enumerate(losses)
+        }
+        return report.Result(method, 1e-3, "", runs, {0: cost, 1: slow, 2: cost})
+
+    @given(st.lists(st.floats(-5, 5), min_size=2, max_size=8))
+    def test_the_interval_is_students(self, values):
+        from scipy import stats
+
+        middle, half = report.interval(values)
+        assert middle == pytest.approx(sum(values) / len(values), abs=1e-9)
+        if len(set(values)) > 1 and half > 1e-6:
+            low, high = stats.t.interval(0.95, len(values) - 1, middle, stats.sem(values))
+            assert (high - low) / 2 == pytest.approx(half, rel=1e-6)
+
+    def test_differences_are_paired_by_seed(self):
+        lora = self.result(METHODS[1], [1.0, 2.0, 3.0], 1.0, 0.0)
+        rosa = self.result(METHODS[2], [0.9, 1.9, 2.9], 1.0, 0.0)
+        middle, half = report.interval([a - b for a, b in report.pairs(rosa, lora)])
+        assert middle == pytest.approx(-0.1)
+        assert half == pytest.approx(0, abs=1e-9)  # though the seeds differ by 1
+
+    def test_a_method_of_as_many_values_and_the_same_length_is_compared_with(self):
+        lora = self.result(METHODS[1], [1.0], trainable=40_960)
+        one_side = self.result(METHODS[2]._replace(rank=7, train="output"), [1.0], trainable=40_320)
+        higher = self.result(METHODS[2]._replace(rank=5), [1.0], trainable=51_200)
+        longer = self.result(METHODS[2]._replace(length=2.0), [1.0], trainable=40_960)
+        results = [higher, longer, one_side, lora]
+        assert report.baseline_of(one_side, results, "LoRA") is lora
+        none = [report.baseline_of(r, results, "LoRA") for r in (higher, longer, lora)]
+        assert none == [None] * 3
+        assert report.baseline_of(one_side, results, "full") is None
+
+    @pytest.mark.parametrize("other", ["final", "tune"])
+    def test_cells_of_other_data_or_another_base_are_not_compared(self, tmp_path, other):
+        e = experiment(rates=RATES[:1], methods=METHODS[1:2])  # one rate, which is searched no more
+        cells = [*plan.due(e, {}), plan.tuning(e, METHODS[1])[0]]
+        for data, path in (("same", tmp_path / "same"), ("other", tmp_path / "other")):
+            path.mkdir()
+            for cell in cells:
+                of = data if cell.phase == other and cell.seed != 0 else "same"
+                start = {"cell": cell.key, "event": "start", "data": of}
+                end = {"cell": cell.key, "event": "end", "best": 1.0}
+                records.append(path / "x.jsonl", [start, end])
+        (result,) = report.gather(e, tmp_path / "same")
+        assert len(result.runs) == 2
+        with pytest.raises(SystemExit, match="different data or base models"):
+            report.gather(e, tmp_path / "other")
+
+    def test_the_time_spent_is_that_of_the_runs_alone(self, tmp_path):
+        for name, end in (("a", {"seconds": 1800.0}), ("b", {"seconds": 5400.0}), ("cost", {})):
+            start = {"cell": name, "event": "start"}
+            records.append(tmp_path / "x.jsonl", [start, {"cell": name, "event": "end", **end}])
+        assert report.spent(tmp_path).startswith("2 runs,")
+        assert ": 2.0 hours of training on one core each" in report.spent(tmp_path)
+
+    def test_a_logarithmic_figure_shows_the_range_of_the_seeds(self, tmp_path, monkeypatch):
+        drawn = []
+        close = figures.plt.close
+        monkeypatch.setattr(figures.plt, "close", lambda d: drawn.append(d) or close(d))
+        result = self.result(METHODS[2], [1e-9, 1e-3])  # their 95% interval goes below zero
+        for seed, loss in enumerate([1e-9, 1e-3]):
+            dev = [{"event": "dev", "step": s, "loss": v} for s, v in ((0, 1.0), (5, loss))]
+            result.runs[seed][1:1] = dev
+        for kind in ("curves", "ranks"):
+            figure = {"kind": kind, "log": True, "y": "loss"}
+            figures.draw(figure, experiment(), [result], tmp_path)
+            (axes,) = drawn[-1].axes
+            (band,) = axes.collections
+            (path,) = band.get_paths()
+            low, high = path.vertices[:, 1].min(), path.vertices[:, 1].max()
+            assert (low, high) == pytest.approx((1e-9, 1.0 if kind == "curves" else 1e-3))
+            assert 1e-11 < axes.get_ylim()[0] < 1e-9
+
+    def test_time_is_of_whole_runs_with_their_draws(self):
+        full = self.result(METHODS[0], [1.0], 2.0, 0.0)
+        rosa = self.result(METHODS[2], [1.0], 1.0, 5.0)
+        assert report.time_ratio(rosa, full) == pytest.approx((100 * 1 + 4 * 5) / (100 * 2))
+
+    def test_times_of_other_runs_are_not_compared(self, tmp_path):
+        for name in ("a", "b"):
+            records.append(
+                tmp_path / f"{name}.jsonl",
+                [{"cell": name, "event": "start"}, {"cell": name, "event": "end", "best": None}],
+            )
+        cells = records.read(tmp_path)
+        assert {key: lines[-1]["file"] for key, lines in cells.items()} == {
+            "a": "a.jsonl",
+            "b": "b.jsonl",
+        }
+        full, rosa = self.result(METHODS[0], [1.0]), self.result(METHODS[2], [1.0])
+        rosa.costs[0]["file"] = rosa.costs[1]["file"] = "other.jsonl"
+        assert report.time_ratio(rosa, full) is None
+
+    def test_a_table_has_mean_interval_difference_time_and_diverged_runs(self):
+        full = self.result(METHODS[0], [1.0, 1.0], 2.0, 0.0, trainable=100)
+        lora = self.result(METHODS[1], [2.0, 2.2], 1.0, 0.0)
+        rosa = self.result(METHODS[2], [1.5, 1.9], 1.0, 5.0)
+        rosa.runs[2] = [{"data": ""}, {"event": "end", "trainable": 10, "best": None}]
+        compared = experiment(setting={"task": "code"}, compare=("LoRA", "ROSA"))
+        lines = report.table(compared, [full, lora, rosa]).splitlines()
+        assert lines[0] == (
+            "| method | values | rate | n | NLL | to LoRA (NLL) | on dev "
+            "| to ROSA (NLL) | on dev | MiB | time |"
+        )
+        half, apart = 12.706 * 0.4 / 2, 12.706 * 0.2 / 2  # t(0.975, 1) times half of the range
+        assert lines[4] == (
+            f"| ROSA r=2 | 10 | 0.001 | 2 (1 diverged) | 1.7 ± {half:.1f} | -0.4 ± {apart:.1f} "
+            f"| -1.2 ± {3 * apart:.1f} |  |  | 7 | 0.6 |"
+        )
+        assert "embeddings, biases and norms frozen" in lines[-1]
+
+    def test_errors_that_span_decades_are_told_by_geometric_means(self):
+        lora = self.result(METHODS[1], [0.5, 0.5])
+        rosa = self.result(METHODS[2], [1e-6, 1e-4])
+        lines = report.table(experiment(setting={"task": "regression/linear"}), [lora, rosa])
+        assert "| over LoRA's |" in lines
+        apart = 10**12.706  # t(0.975, 1) times half of the range, which is two decades
+        low, high, shown = 1e-5 / apart, 1e-5 * apart, "{:.2g} [{:.2g}, {:.2g}]".format
+        assert f"| {shown(1e-5, low, high)} | {shown(2e-5, 2 * low, 2 * high)} |" in lines
