@@ -96,8 +96,12 @@ def logarithmic(axes: Axes, values: list[float]) -> None:
 
 
 def bars(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
-    """Draw a metric on test of every method but full, with its 95% interval and every seed."""
-    results = [r for r in results if r.ends() and r.method.sampler != "full"][::-1]
+    """Draw a metric on test of every method, with its 95% interval and every seed.
+
+    Full fine-tuning has a place only where the figure asks for it: on text it is far off the rest.
+    """
+    found = [result for result in results if result.ends()][::-1]
+    results = [r for r in found if figure.get("full") or r.method.sampler != "full"]
     for place, result in enumerate(results):
         values = [end["test"][figure.get("key", "loss")] for end in result.ends()]
         middle, half = report.interval(values)
