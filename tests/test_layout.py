@@ -1,0 +1,51 @@
+"""What a state holds of each weight: entries that are missing or do not fit are told by name."""
+
+import pytest
+import torch
+from conftest import seeded, state_bytes
+from torch import nn
+
+import rosa_func
+
+
+def small() -> nn.Sequential:
+    return seeded(lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 8)))
+
+
+@pytest.mark.parametrize("function", ["compose", "call", "resample", "merge"])
+@pytest.mark.parametrize(
+    "path, part",
+    [
+        (("frozen",), "frozen"),
+        (("trainable",), "trainable"),
+        (("input_dim",), "input_dim"),
+        (("frozen", "0.weight"), "0.weight"),
+        (("trainable", "0.weight"), "0.weight"),
+        (("trainable", "0.weight", "A"), "factor A of 0.weight"),
+        (("trainable", "0.weight", "B"), "factor B of 0.weight"),
+        (("input_dim", "0.weight"), "0.weight"),
+    ],
+    ids=lambda value: ".".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_state_whose_entries_were_removed(function, path, part):
+    model = small()
+    state = rosa_func.init(model, 2)
+    del state[path]
+    before = state_bytes(state)
+    use = {
+        "compose": lambda: rosa_func.compose(state),
+        "call": lambda: rosa_func.call(model, state, torch.ones(2, 6)),
+        "resample": lambda: rosa_func.resample(state, 1),
+        "merge": lambda: rosa_func.merge(state),
+    }
+    with pytest.raises(KeyError) as caught:
+        use[function]()
+    assert part in str(caught.value)
+    assert state_bytes(state) == before
+
+
+def test_factors_that_do_not_multiply_to_the_residual():
+    state = rosa_func.init(small(), 2)
+    state["trainable", "0.weight", "A"] = torch.ones(4, 3)
+    with pytest.raises(ValueError, match=r"0\.weight.*\(4, 3\).*\(2, 6\).*\(4, 6\)"):
+        rosa_func.merge(state)
