@@ -102,6 +102,20 @@ class TestReport:
             assert (low, high) == pytest.approx((1e-9, 1.0 if kind == "curves" else 1e-3))
             assert 1e-11 < axes.get_ylim()[0] < 1e-9
 
+    @pytest.mark.parametrize("asked", [False, True])
+    def test_bars_show_full_fine_tuning_only_where_the_figure_asks(
+        self, tmp_path, monkeypatch, asked
+    ):
+        shown = []
+        monkeypatch.setattr(figures.plt, "close", lambda d: shown.append(d.axes[0]))
+        results = [self.result(method, [1.0, 3.0]) for method in METHODS[:3]]
+        figure = {"kind": "bars", "y": "loss"} | ({"full": True} if asked else {})
+        figures.draw(figure, experiment(), results, tmp_path)
+        names = [label.get_text() for label in shown[0].get_yticklabels()]
+        assert names == ["ROSA r=2", "LoRA r=2"] + ["full"] * asked
+        means = [bar.lines[0].get_xdata()[0] for bar in shown[0].containers]
+        assert means == [2.0] * len(names)
+
     def test_time_is_of_whole_runs_with_their_draws(self):
         full = self.result(METHODS[0], [1.0], 2.0, 0.0)
         rosa = self.result(METHODS[2], [1.0], 1.0, 5.0)

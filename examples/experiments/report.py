@@ -120,13 +120,13 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean(values), float(student.ppf(0.975, n - 1)) * stdev(values) / n**0.5
 
 
-def test_loss(end: records.Line) -> float:
+def loss_on_test(end: records.Line) -> float:
     """Return what a last line says of test."""
     return float(end["test"]["loss"])
 
 
 def pairs(
-    result: Result, baseline: Result, value: Callable[[records.Line], float] = test_loss
+    result: Result, baseline: Result, value: Callable[[records.Line], float] = loss_on_test
 ) -> list[tuple[float, float]]:
     """Return a value of the last lines of both, seed by seed."""
     return [
