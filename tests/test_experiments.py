@@ -214,10 +214,8 @@ class TestLines:
             records.append(tmp_path / "x.jsonl", [self.line("a", "dev", loss=math.nan)])
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run `theorem` cut to a few cells; kill it twice on the way."""
-    folder = tmp_path_factory.mktemp("experiments")
+def cut_theorem(folder: Path, steps: int) -> list[str]:
+    """Write `theorem` cut to a few cells of that many steps; return the command that runs it."""
     source = (
         (plan.FOLDER / "theorem.toml")
         .read_text()
@@ -227,12 +225,19 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     figures = methods[-1].split("[[figure]]")[1]
     source = "[[method]]".join(methods[:3]) + "[[figure]]" + figures
     source = source.replace("ranks = [1, 8, 16, 24]", "ranks = [8]").replace(
-        "steps = 30", "steps = 3"
+        "steps = 30", f"steps = {steps}"
     )
     source = source.replace("train = 5000", "train = 600")
     (folder / "theorem.toml").write_text(source)
     command = [sys.executable, "-m", "examples.experiments", "run", "theorem", "--jobs", "1"]
-    command += ["--experiments", str(folder), "--results", str(folder)]
+    return [*command, "--experiments", str(folder), "--results", str(folder)]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run `theorem` cut to a few cells; kill it twice on the way."""
+    folder = tmp_path_factory.mktemp("experiments")
+    command = cut_theorem(folder, steps=3)
     for finished in (1, 2):
         with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as run:
             while len(records.read(folder)) < finished:
@@ -253,6 +258,15 @@ class TestRunner:
         e = plan.load("theorem", ran)
         assert starts == {cell.key: 1 for cell in plan.finals(e, {})}
         assert len(starts) == 4
+
+    def test_the_worker_of_a_killed_run_ends_too(self, tmp_path):
+        command = cut_theorem(tmp_path, steps=1_000_000)
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as run:
+            while not any(path.stat().st_size for path in tmp_path.glob("under-way/*")):
+                assert run.poll() is None, run.stderr and run.stderr.read()
+                time.sleep(0.01)
+            os.kill(run.pid, signal.SIGKILL)
+            run.communicate(timeout=60)  # to the end of the stream that the worker writes to, too
 
     def test_the_report_is_made_of_the_lines_alone(self, ran, tmp_path):
         e = plan.load("theorem", ran)

@@ -96,14 +96,15 @@ def _work(
     torch.manual_seed(cell.seed)  # of dropout: this process runs nothing else
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    parent = os.getppid()
+    runner = multiprocessing.parent_process()  # os.getppid() would be the fork server
+    assert runner is not None
 
-    def check_parent() -> None:
-        if os.getppid() != parent:  # the runner was killed
+    def check_runner() -> None:
+        if not runner.is_alive():  # it was killed
             os._exit(1)
 
     def tick() -> None:
-        check_parent()
+        check_runner()
         with steps.get_lock():
             steps.value += 1
 
@@ -114,7 +115,7 @@ def _work(
     path.unlink(missing_ok=True)  # so that a worker of a killed runner writes to no file of ours
     with path.open("w", encoding="utf-8") as file:
         for line in training.run(cell, load, tick):
-            check_parent()
+            check_runner()
             file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
             file.flush()
 
