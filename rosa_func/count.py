@@ -5,6 +5,8 @@ from typing import NamedTuple
 from tensordict import TensorDict
 from torch import Tensor
 
+from rosa_func import layout
+
 
 class Count(NamedTuple):
     """Numbers of values, see `count`; `str()` makes a table of them."""
@@ -37,6 +39,9 @@ def count(state: TensorDict) -> Count:
         included), and `weights` {name: (trainable, total)}. A full-rank pair has more values than
         its weight, so the first number may be the larger one.
 
+    Raises:
+        KeyError: if an entry of the state is missing (named).
+
     Example:
         >>> import rosa_func, torch
         >>> state = rosa_func.init(torch.nn.Sequential(torch.nn.Linear(60, 40)), 2)
@@ -44,6 +49,7 @@ def count(state: TensorDict) -> Count:
         all                 200 of          2,440   8.197%
         0.weight            200 of          2,400   8.333%
     """
+    layout.adapted(state)  # or an error that names what is missing
     weights = {name: (0, tensor.numel()) for name, tensor in state["frozen"].items()}
     for name, value in state["trainable"].items():
         if isinstance(value, Tensor):

@@ -5,6 +5,8 @@ from typing import NamedTuple
 from tensordict import TensorDict
 from torch import Tensor
 
+from rosa_func.exact import compensation_dtype
+
 
 class Split(NamedTuple):
     """One weight after a draw: all that the state holds of it."""
@@ -15,31 +17,43 @@ class Split(NamedTuple):
     c: Tensor | None
 
 
-def check(state: TensorDict) -> list[str]:
-    """Return the adapted names, after making sure that each has its residual and factors."""
+def adapted(state: TensorDict) -> list[str]:
+    """Return the adapted names, after making sure that no entry of the state is missing."""
     if missing := [
         part for part in ("frozen", "trainable", "input_dim") if part not in state.keys()
     ]:
         raise KeyError(f"the state has no entry {missing[0]!r}; it has {sorted(state.keys())}")
-    adapted = [name for name, value in state["trainable"].items() if not isinstance(value, Tensor)]
-    if unmatched := set(adapted).symmetric_difference(state["input_dim"].keys()):
+    names = [name for name, value in state["trainable"].items() if not isinstance(value, Tensor)]
+    if unmatched := set(names).symmetric_difference(state["input_dim"].keys()):
         name = min(unmatched)
-        raise KeyError(
-            f"the state lacks {name} in {'input_dim' if name in adapted else 'trainable'}"
-        )
-    for name in adapted:
+        raise KeyError(f"the state lacks {name} in {'input_dim' if name in names else 'trainable'}")
+    for name in names:
         for factor in ("A", "B"):
             if factor not in state["trainable", name].keys():
                 raise KeyError(f"the state lacks the factor {factor} of {name}")
         if name not in state["frozen"].keys():
             raise KeyError(f"the state lacks the frozen residual of {name}")
-        R, A, B, _ = parts(state, name)
+    if "compensation" in state.keys():
+        _check_compensation(state, names)
+    return names
+
+
+def check(state: TensorDict) -> list[str]:
+    """Return the adapted names, after making sure that what belongs to each fits together."""
+    names = adapted(state)
+    for name in names:
+        R, A, B, c = parts(state, name)
         if A.shape[1] != B.shape[0] or (A.shape[0], B.shape[1]) != R.shape:
             raise ValueError(
                 f"the factors of {name} have shapes {tuple(A.shape)} and {tuple(B.shape)}, "
                 f"which do not multiply to its residual's {tuple(R.shape)}"
             )
-    return adapted
+        if c is not None and c.shape != R.shape:
+            raise ValueError(
+                f"the compensation of {name} has shape {tuple(c.shape)}, "
+                f"its residual {tuple(R.shape)}"
+            )
+    return names
 
 
 def parts(state: TensorDict, name: str) -> Split:
@@ -48,3 +62,12 @@ def parts(state: TensorDict, name: str) -> Split:
     c = state["compensation"].get(name, None) if "compensation" in state.keys() else None
     c = None if c is None else c.flatten(1)
     return Split(R.detach().flatten(1), factors["A"].detach(), factors["B"].detach(), c)
+
+
+def _check_compensation(state: TensorDict, names: list[str]) -> None:
+    """Refuse a compensation that lacks a weight: it is kept for all of them, or all of 16 bit."""
+    kept = set(state["compensation"].keys())
+    by_default = [n for n in names if compensation_dtype(state["frozen", n].dtype, None)]
+    expected = by_default if kept and kept <= set(by_default) else names
+    if missing := [name for name in expected if name not in kept]:
+        raise KeyError(f"the state lacks the compensation of {missing[0]}")

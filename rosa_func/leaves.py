@@ -3,9 +3,12 @@
 from tensordict import TensorDict
 from torch import Tensor
 
+from rosa_func import layout
+
 
 def leaves(state: TensorDict) -> dict[str, Tensor]:
     """Return the trainable leaves by name, as they are."""
+    layout.adapted(state)  # or an error that names what is missing
     found: dict[str, Tensor] = {}
     for name, value in state["trainable"].items():
         if isinstance(value, Tensor):
@@ -25,6 +28,9 @@ def named_parameters(state: TensorDict) -> dict[str, Tensor]:
 
     Returns:
         {"h.0.attn.c_attn.weight.A": m x r, "h.0.attn.c_attn.weight.B": r x n, ...}
+
+    Raises:
+        KeyError: if an entry of the state is missing (named).
 
     Example:
         >>> import rosa_func, torch
@@ -50,6 +56,9 @@ def parameters(state: TensorDict) -> list[Tensor]:
 
     Returns:
         The factors A and B of each adapted weight, and the tensors trained in full.
+
+    Raises:
+        KeyError: if an entry of the state is missing (named).
 
     Example:
         >>> import rosa_func, torch

@@ -12,7 +12,10 @@ def small() -> nn.Sequential:
     return seeded(lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 8)))
 
 
-@pytest.mark.parametrize("function", ["compose", "call", "resample", "merge"])
+@pytest.mark.parametrize(
+    "function",
+    ["compose", "call", "resample", "merge", "count", "parameters", "named_parameters"],
+)
 @pytest.mark.parametrize(
     "path, part",
     [
@@ -24,12 +27,13 @@ def small() -> nn.Sequential:
         (("trainable", "0.weight", "A"), "factor A of 0.weight"),
         (("trainable", "0.weight", "B"), "factor B of 0.weight"),
         (("input_dim", "0.weight"), "0.weight"),
+        (("compensation", "0.weight"), "compensation of 0.weight"),
     ],
     ids=lambda value: ".".join(value) if isinstance(value, tuple) else "",
 )
 def test_a_state_whose_entries_were_removed(function, path, part):
     model = small()
-    state = rosa_func.init(model, 2)
+    state = rosa_func.init(model, 2, exact=True)
     del state[path]
     before = state_bytes(state)
     use = {
@@ -37,6 +41,9 @@ def test_a_state_whose_entries_were_removed(function, path, part):
         "call": lambda: rosa_func.call(model, state, torch.ones(2, 6)),
         "resample": lambda: rosa_func.resample(state, 1),
         "merge": lambda: rosa_func.merge(state),
+        "count": lambda: rosa_func.count(state),
+        "parameters": lambda: rosa_func.parameters(state),
+        "named_parameters": lambda: rosa_func.named_parameters(state),
     }
     with pytest.raises(KeyError) as caught:
         use[function]()
@@ -48,4 +55,24 @@ def test_factors_that_do_not_multiply_to_the_residual():
     state = rosa_func.init(small(), 2)
     state["trainable", "0.weight", "A"] = torch.ones(4, 3)
     with pytest.raises(ValueError, match=r"0\.weight.*\(4, 3\).*\(2, 6\).*\(4, 6\)"):
+        rosa_func.merge(state)
+
+
+def test_a_compensation_of_another_shape_than_the_residual():
+    state = rosa_func.init(small(), 2, exact=True)
+    state["compensation", "0.weight"] = torch.zeros(4, 1)
+    with pytest.raises(ValueError, match=r"compensation of 0\.weight .*\(4, 1\).*\(4, 6\)"):
+        rosa_func.merge(state)
+
+
+@pytest.mark.parametrize("exact", [None, True])
+def test_each_weight_that_has_a_compensation_must_have_it(exact):
+    """By default it is kept for 16 bit alone, so a float32 weight beside them may be without."""
+    model = small()
+    model[0].bfloat16()
+    state = rosa_func.init(model, 2, exact=exact)
+    assert set(state["compensation"].keys()) == {"0.weight"} | ({"2.weight"} if exact else set())
+    rosa_func.merge(state)
+    del state["compensation", "0.weight"]
+    with pytest.raises(KeyError, match=r"compensation of 0\.weight"):
         rosa_func.merge(state)
