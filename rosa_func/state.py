@@ -31,8 +31,9 @@ def init(
         W = R + A B,    W: m x n,    A: m x r,    B: r x n
 
     The model is read, never written. The state shares the storage of every tensor that is not
-    adapted (and of the adapted ones with `samplers.lora`, where R = W); tensors in `train` are
-    cloned. Weights of more than two dimensions count as m x (the rest), as in a convolution.
+    adapted (and of the adapted ones with `samplers.lora` and `samplers.additive`, where R = W);
+    tensors in `train` are cloned. Weights of more than two dimensions count as m x (the rest), as
+    in a convolution.
 
     Args:
         model: any `nn.Module` with its weights in float16, bfloat16, float32 or float64. The
@@ -111,7 +112,7 @@ def start(
         return _draw(W, ranks[name], sampler, site, W.dtype, kept)
 
     splits = dict(zip(plan.adapted, map_weights(work, plan.adapted), strict=True))
-    full = {name: read(name).clone() for name in plan.full}
+    full = {name: _finite(name, read(name)).clone() for name in plan.full}
     # In the model's own order, the residuals in the place of the weights.
     frozen = {
         name: splits[name].R if name in splits else read(name)
@@ -237,10 +238,7 @@ def _draw(
     W: Tensor, r: int, sampler: Sampler, site: Site, dtype: torch.dtype, kept: torch.dtype | None
 ) -> Split:
     """Draw the factors of W and split it, in W's shape; refuse what no split can be made of."""
-    if not _all_finite(W):
-        raise ValueError(
-            f"{site.name} has non-finite values: load other weights, or lower the learning rate"
-        )
+    W = _finite(site.name, W)
     try:
         A, B = sampler(W.flatten(1).to(arithmetic.factor_dtype(dtype)), r, site)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -252,6 +250,15 @@ def _draw(
             f"the residual of {site.name} is beyond float16's largest value, 65504; use bfloat16"
         )
     return Split(R.view(W.shape), A, B, None if c is None else c.view(W.shape))
+
+
+def _finite(name: str, W: Tensor) -> Tensor:
+    """Return W, or refuse it by its name."""
+    if not _all_finite(W):
+        raise ValueError(
+            f"{name} has non-finite values: load other weights, or lower the learning rate"
+        )
+    return W
 
 
 def _all_finite(W: Tensor) -> bool:

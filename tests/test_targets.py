@@ -181,6 +181,8 @@ def test_weights_that_are_not_finite(bad, dtype):
     weight = torch.ones(8, 4, dtype=dtype)
     weight[3, 2] = bad
     refused(ValueError, "2.weight", "non-finite", model=changed("2.weight", weight))
+    options = {"targets": "0.weight", "train": "2.weight"}
+    refused(ValueError, "2.weight", "non-finite", model=changed("2.weight", weight), **options)
     model = small()
     state = rosa_func.init(model, 2)
     state["trainable", "2.weight", "A"][0, 0] = bad  # as after a step too large
@@ -244,8 +246,10 @@ def test_a_decomposition_that_does_not_converge(monkeypatch):
 @pytest.mark.parametrize("key", ["1", 1.0, None, True, torch.tensor(1)], ids=repr)
 def test_keys_of_resample_that_are_refused(key):
     state = rosa_func.init(small(), 2)
+    before = state_bytes(state)
     with pytest.raises(TypeError, match=re.escape(repr(key))):
         rosa_func.resample(state, key)
+    assert state_bytes(state) == before
 
 
 def test_unknown_arguments():
