@@ -49,7 +49,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder with train, dev and test.jsonl (or Hub)")
     parser.add_argument("--model", default="gpt2", help="a Hub name, a directory, or smollm2")
     parser.add_argument("--method", choices=["full", "lora", "rosa"], default="rosa")
-    samplers = ["random", "top", "bottom", "projection", "additive"]
+    samplers = ["random", "top", "bottom", "projection", "lora", "additive"]
     parser.add_argument("--sampler", choices=samplers, default="random", help="of rosa")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--resample-every", type=int, default=100, help="steps; 0 for never")

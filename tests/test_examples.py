@@ -21,7 +21,10 @@ FINETUNE = Path(__file__).parents[1] / "examples" / "finetune.py"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a folder with a tiny GPT-2, its tokenizer, and rows in the form of E2E's."""
     folder = tmp_path_factory.mktemp("finetune")
-    rows = [{"mr": f"name[{n}]", "ref": f"The place is called {n}."} for n in "abcdefghijkl"]
+    rows = [
+        {"mr": f"name[{n}]", "ref": f"The place is called {n}." + " It is good." * (i % 4)}
+        for i, n in enumerate("abcdefghijklmnopqrst")
+    ]
     for split in ("train", "dev", "test"):
         lines = "\n".join(json.dumps(row) for row in rows)
         (folder / f"{split}.jsonl").write_text(lines + "\n")
@@ -53,19 +56,58 @@ def finetune(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *options], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(
-    "method", [["full"], ["rosa", "--sampler", "projection", "--resample-every", "2"]]
-)
-def test_finetune_learns_and_writes_what_it_prints(folder: Path, method: list[str]):
-    done = finetune(folder, "--rank", "4", "--rate", "0.01", "--method", *method)
+SAMPLERS = ["random", "top", "bottom", "projection", "lora", "additive"]
+
+
+@pytest.mark.parametrize("method", ["full", "lora", *(f"rosa-{name}" for name in SAMPLERS)])
+def test_finetune_learns_and_writes_what_it_prints(folder: Path, method: str):
+    options = ["--rank", "4", "--rate", "0.01", "--resample-every", "2"]
+    if method.startswith("rosa"):
+        options += ["--sampler", method.removeprefix("rosa-")]
+    done = finetune(folder, *options, "--method", method.partition("-")[0])
     assert done.returncode == 0, done.stderr
-    name = "full" if method == ["full"] else "rosa-projection-r4"
+    name = method if method == "full" else f"{method}-r4"
     lines = (folder / "out" / f"e2e-model-{name}-s0.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     dev = [record["nll"] for record in records if record["event"] == "dev"]
     assert [record["event"] for record in records].count("train") == 6
     assert min(dev) < dev[0]
     assert f"{records[-1]['perplexity']:.3f}" in done.stdout
+
+
+def test_the_loss_is_of_the_references_tokens_each_counted_once(folder: Path):
+    """Twenty references of four lengths, evaluated in batches; here one by one, unpadded."""
+    done = finetune(folder, "--steps", "1", "--rank", "2", "--out", str(folder / "loss"))
+    assert done.returncode == 0, done.stderr
+    (path,) = (folder / "loss").glob("*.jsonl")
+    found = next(json.loads(line) for line in path.read_text().splitlines() if '"dev"' in line)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
+    model = GPT2LMHeadModel.from_pretrained(folder / "model").eval()
+    total, tokens = 0.0, 0
+    for line in (folder / "dev.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        prompt = tokenizer(row["mr"] + "\n").input_ids
+        reference = [*tokenizer(row["ref"]).input_ids, tokenizer.eos_token_id]
+        with torch.no_grad():
+            scores = model(torch.tensor([prompt + reference])).logits[0].log_softmax(-1)
+        for place, token in enumerate(reference, start=len(prompt)):
+            total, tokens = total - scores[place - 1, token].item(), tokens + 1
+    assert found["step"] == 0
+    assert found["nll"] == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_finetune_reads_eli5(folder: Path):
+    rows = [json.loads(line) for line in (folder / "dev.jsonl").read_text().splitlines()]
+    eli5 = folder / "eli5"
+    eli5.mkdir()
+    for split in ("train", "dev", "test"):
+        lines = [json.dumps({"question": row["mr"], "answer": row["ref"]}) for row in rows]
+        (eli5 / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    options = ["--task", "eli5", "--data", str(eli5), "--rank", "2", "--steps", "1"]
+    done = finetune(folder, *options)
+    assert done.returncode == 0, done.stderr
+    wrong = finetune(folder, "--task", "e2e", "--data", str(eli5))
+    assert wrong.returncode == 1 and "expected the fields ('mr', 'ref')" in wrong.stderr
 
 
 def test_finetune_says_what_a_data_folder_lacks(folder: Path):
