@@ -80,7 +80,8 @@ def test_the_loss_is_of_the_references_tokens_each_counted_once(folder: Path):
     done = finetune(folder, "--steps", "1", "--rank", "2", "--out", str(folder / "loss"))
     assert done.returncode == 0, done.stderr
     (path,) = (folder / "loss").glob("*.jsonl")
-    found = next(json.loads(line) for line in path.read_text().splitlines() if '"dev"' in line)
+    records = (json.loads(line) for line in path.read_text().splitlines())
+    found = next(record for record in records if record["event"] == "dev")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
     model = GPT2LMHeadModel.from_pretrained(folder / "model").eval()
     total, tokens = 0.0, 0
