@@ -2,14 +2,10 @@
 
 import pytest
 import torch
-from conftest import seeded, state_bytes
-from torch import nn
+from conftest import state_bytes
+from test_targets import small
 
 import rosa_func
-
-
-def small() -> nn.Sequential:
-    return seeded(lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 8)))
 
 
 @pytest.mark.parametrize(

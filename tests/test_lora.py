@@ -8,34 +8,21 @@ import torch.nn.functional as F
 from conftest import randn, seeded
 from hypothesis import given
 from hypothesis import strategies as st
-from test_state import LAYOUTS, SEEDS, SIZES, adapt, layer
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from test_state import BUILD, LAYOUTS, SEEDS, SIZES, adapt, layer
+from torch import Tensor
 
 import rosa_func
 from rosa_func import samplers
 from rosa_func.exact import SUPPORTED
 
-# {layout: (module of an m x n weight, its input, what a LoRA adds to its output)}
-Added = Callable[[Tensor, Tensor, Tensor], Tensor]
-PLAIN: dict[str, tuple[Callable[[int, int], nn.Module], Callable[[int, int], Tensor], Added]] = {
-    "linear": (
-        lambda m, n: nn.Linear(n, m),
-        lambda m, n: randn(5, n),
-        lambda x, A, B: (x @ B.T) @ A.T,
-    ),
-    "conv1d": (
-        lambda m, n: Conv1D(n, m),
-        lambda m, n: randn(5, m),
-        lambda x, A, B: (x @ A) @ B,
-    ),
-    "embedding": (
-        lambda m, n: nn.Embedding(m, n),
-        lambda m, n: torch.tensor([0, 1, 0, m - 1]),
-        lambda x, A, B: A[x] @ B,
-    ),
+# {layout: (the input of a layer whose weight is m x n, what a LoRA adds to its output)}
+PLAIN: dict[
+    str, tuple[Callable[[int, int], Tensor], Callable[[Tensor, Tensor, Tensor], Tensor]]
+] = {
+    "linear": (lambda m, n: randn(5, n), lambda x, A, B: (x @ B.T) @ A.T),
+    "conv1d": (lambda m, n: randn(5, m), lambda x, A, B: (x @ A) @ B),
+    "embedding": (lambda m, n: torch.tensor([0, 1, 0, m - 1]), lambda x, A, B: A[x] @ B),
     "conv2d": (
-        lambda m, n: nn.Conv2d(n, m, (1, 2)),
         lambda m, n: randn(2, n, 3, 4),
         lambda x, A, B: F.conv2d(F.conv2d(x, B.view(len(B), -1, 1, 2)), A.view(*A.shape, 1, 1)),
     ),
@@ -53,12 +40,12 @@ def test_the_residual_is_the_weight_and_its_storage(layout, m, n, dtype, data, s
 
 @pytest.mark.parametrize("layout", PLAIN)
 @pytest.mark.parametrize(
-    ("dtype", "relative"), [(torch.float32, 1e-5), (torch.float64, 1e-13)], ids=str
+    ("dtype", "relative"), [(torch.float32, 1e-6), (torch.float64, 1e-13)], ids=str
 )
 @given(SIZES, SIZES, st.data(), SEEDS)
 def test_training_is_that_of_a_plain_lora(layout, dtype, relative, m, n, data, seed):
-    build, inputs, added = PLAIN[layout]
-    module, x = seeded(lambda: build(m, n), seed).to(dtype), inputs(m, n)
+    inputs, added = PLAIN[layout]
+    module, x = seeded(lambda: BUILD[layout](m, n), seed).to(dtype), inputs(m, n)
     x = x.to(dtype) if x.is_floating_point() else x
     r = data.draw(st.integers(1, min(m, n)))
     state = adapt(module, r, sampler=samplers.lora, key=seed)

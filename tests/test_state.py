@@ -1,5 +1,7 @@
 """The life of a state: what init, resample and merge keep, share and never touch."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from conftest import perturbed, randn, seeded, snapshot, state_bytes, stock
@@ -17,19 +19,21 @@ from rosa_func.exact import SUPPORTED
 
 SIZES = st.integers(2, 9)
 SEEDS = st.integers(0, 2**20)
-LAYOUTS = st.sampled_from(["linear", "conv1d", "embedding", "conv2d"])
 SAMPLERS = st.sampled_from(ALL)
+
+
+BUILD: dict[str, Callable[[int, int], nn.Module]] = {  # of a layer whose weight is m x n
+    "linear": lambda m, n: nn.Linear(n, m),
+    "conv1d": lambda m, n: Conv1D(n, m),
+    "embedding": lambda m, n: nn.Embedding(m, n),
+    "conv2d": lambda m, n: nn.Conv2d(n, m, (1, 2)),
+}
+LAYOUTS = st.sampled_from(list(BUILD))
 
 
 def layer(layout: str, m: int, n: int, dtype: torch.dtype, seed: int) -> nn.Module:
     """Build one layer whose weight has values from 1e-3 to 1e3."""
-    build = {
-        "linear": lambda: nn.Linear(n, m),
-        "conv1d": lambda: Conv1D(n, m),
-        "embedding": lambda: nn.Embedding(m, n),
-        "conv2d": lambda: nn.Conv2d(n, m, (1, 2)),
-    }
-    module: nn.Module = seeded(build[layout]).to(dtype)
+    module: nn.Module = seeded(lambda: BUILD[layout](m, n)).to(dtype)
     weight = scattered(*module.weight.flatten(1).shape, dtype, seed)
     module.load_state_dict({"weight": weight.view_as(module.weight)}, strict=False)
     return module
