@@ -35,18 +35,23 @@ def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def split(
-    W: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, kept: torch.dtype | None
+    W: Tensor,
+    A: Tensor,
+    B: Tensor,
+    dtype: torch.dtype,
+    kept: torch.dtype | None,
+    own: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Return R = W - A B rounded to `dtype`, and what the rounding took, in the dtype `kept`.
 
-    W is m x n, in `dtype` or in the wider one in which `join` returns it.
+    W is m x n, in `dtype` or in the wider one in which `join` returns it. If `own`, R may take W's
+    memory: fresh pages cost as much as the arithmetic. A and B come from `aligned`.
     """
     if not (A.any() and B.any()):  # nothing is subtracted: R is W, its storage too
         R = W.to(dtype)
         return R, None if kept is None else (W - R).to(kept)
-    A, B = _aligned(A), _aligned(B)
     if kept is None and dtype == A.dtype:
-        return torch.addmm(W, A, B, alpha=-1), None
+        return torch.addmm(W, A, B, alpha=-1, out=W if own else None), None
     wide = A.dtype if kept is None else torch.promote_types(A.dtype, kept)
     s, e = two_sum(W.to(wide), -(A @ B).to(wide))
     R = s.to(dtype)
@@ -60,7 +65,7 @@ def join(R: Tensor, A: Tensor, B: Tensor, c: Tensor | None) -> Tensor:
     l + c is at most a unit in the last place of R and its own rounding error is a square of that,
     so a W that is a number of R's dtype comes back bit for bit.
     """
-    A, B = _aligned(A), _aligned(B)
+    A, B = aligned(A), aligned(B)
     if c is None and R.dtype == A.dtype:
         return torch.addmm(R, A, B)
     wide = A.dtype if c is None else torch.promote_types(A.dtype, c.dtype)
@@ -71,7 +76,7 @@ def join(R: Tensor, A: Tensor, B: Tensor, c: Tensor | None) -> Tensor:
     return h + (l + c.to(device=h.device, dtype=wide))
 
 
-def _aligned(factor: Tensor) -> Tensor:
+def aligned(factor: Tensor) -> Tensor:
     """Copy a factor into fresh memory: the bits of a BLAS product depend on strides and alignment.
 
     A @ B is formed when W is split and again when it is joined, and must be the same both times.

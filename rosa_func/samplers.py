@@ -2,7 +2,8 @@
 
 A sampler is `sampler(W, r, site) -> (A, B)`, with W (m x n, float32 or float64), A (m x r) and
 B (r x n). Nothing else tells one method from another: the residual is always W - A B. To write a
-sampler of your own, take every random number from `site.generator` and leave W as it is.
+sampler of your own, take every random number from `site.generator`, leave W as it is and keep
+nothing of it: a resample takes its memory for R. The factors may be views of W; they are copied.
 """
 
 from collections.abc import Callable

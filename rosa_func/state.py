@@ -178,7 +178,7 @@ def resample(
         rank = A.shape[1] if r is None else targeting.rank(r, name, (A.shape[0], B.shape[1]))
         site = Site(name, int(state["input_dim", name]), keys.generator(key, "resample", name))
         W = arithmetic.join(R, A, B, c).view(state["frozen", name].shape)
-        return _draw(W, rank, sampler, site, R.dtype, None if c is None else c.dtype)
+        return _draw(W, rank, sampler, site, R.dtype, None if c is None else c.dtype, own=True)
 
     splits = dict(zip(adapted, map_weights(work, adapted), strict=True))
     frozen = dict(state["frozen"].items()) | {name: split.R for name, split in splits.items()}
@@ -235,7 +235,13 @@ def _matrix_shape(name: str, shape: torch.Size) -> tuple[int, int]:
 
 
 def _draw(
-    W: Tensor, r: int, sampler: Sampler, site: Site, dtype: torch.dtype, kept: torch.dtype | None
+    W: Tensor,
+    r: int,
+    sampler: Sampler,
+    site: Site,
+    dtype: torch.dtype,
+    kept: torch.dtype | None,
+    own: bool = False,
 ) -> Split:
     """Draw the factors of W and split it, in W's shape; refuse what no split can be made of."""
     W = _finite(site.name, W)
@@ -243,8 +249,8 @@ def _draw(
         A, B = sampler(W.flatten(1).to(arithmetic.factor_dtype(dtype)), r, site)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ValueError(f"the decomposition of {site.name} did not converge: {error}") from error
-    A, B = A.contiguous(), B.contiguous()
-    R, c = arithmetic.split(W.flatten(1), A, B, dtype, kept)
+    A, B = arithmetic.aligned(A), arithmetic.aligned(B)  # copies: a sampler may return views of W
+    R, c = arithmetic.split(W.flatten(1), A, B, dtype, kept, own)
     if dtype == torch.float16 and not _all_finite(R):
         raise ValueError(
             f"the residual of {site.name} is beyond float16's largest value, 65504; use bfloat16"

@@ -108,6 +108,20 @@ class TestStorage:
         assert R.data_ptr() == W.data_ptr()
         assert c is None or not c.any()
 
+    @pytest.mark.parametrize("dtype", SUPPORTED)
+    @pytest.mark.parametrize("exact", [True, None, False])
+    def test_a_weight_of_ones_own_gives_the_same_bits(self, dtype, exact):
+        kept = compensation_dtype(dtype, exact)
+        A, B = factors(40, 33, 7, factor_dtype(dtype), 0)
+        W = scattered(40, 33, dtype, 0)
+        copy = W.clone()
+        R, c = split(W, A, B, dtype, kept)
+        assert torch.equal(W, copy)
+        own_R, own_c = split(copy, A, B, dtype, kept, own=True)
+        assert torch.equal(own_R, R) and (c is None or torch.equal(own_c, c))
+        if kept is None and dtype == A.dtype:
+            assert own_R.data_ptr() == copy.data_ptr()
+
 
 def fused_bound(W: Tensor, R: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """Bound |join(split(W)) - W| where both are sums of r + 1 terms in any order.

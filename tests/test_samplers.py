@@ -159,6 +159,10 @@ class TestZeroProducts:
         assert abs(B.std().item() - 0.01 / math.sqrt(3)) <= 1e-4
 
 
+def first_rows(W, r, site):
+    return torch.eye(W.shape[0], dtype=W.dtype)[:, :r], W[:r]
+
+
 class TestAllSamplers:
     @pytest.mark.parametrize("sampler", ALL)
     def test_neither_the_weight_nor_the_global_generator_is_touched(self, sampler):
@@ -174,10 +178,20 @@ class TestAllSamplers:
         assert all(torch.equal(a, b) for a, b in zip(*draws, strict=True))
 
     def test_a_sampler_of_ones_own_is_all_that_a_method_needs(self):
-        def first_rows(W, r, site):
-            return torch.eye(W.shape[0], dtype=W.dtype)[:, :r], W[:r].clone()
-
-        model = torch.nn.Linear(5, 4)
-        state = rosa_func.init(model, 2, sampler=first_rows, exact=True)
+        state = rosa_func.init(torch.nn.Linear(5, 4), 2, sampler=first_rows, exact=True)
         assert not state["frozen", "weight"][:2].any()
-        assert torch.equal(rosa_func.merge(state)["weight"], model.weight)
+
+    @pytest.mark.parametrize("exact", [None, True])
+    def test_factors_that_are_views_of_the_weight_become_copies(self, exact):
+        model = torch.nn.Linear(5, 4)
+        state = rosa_func.init(model, 2, sampler=first_rows, exact=exact)
+        new = rosa_func.resample(state, 1, sampler=first_rows)
+        for s in (state, new):
+            assert torch.equal(s["trainable", "weight", "B"], model.weight[:2])
+            assert torch.equal(rosa_func.merge(s)["weight"], model.weight)
+        storages = [
+            tensor.untyped_storage().data_ptr()
+            for s in (state, new)
+            for tensor in (s["frozen", "weight"], s["trainable", "weight", "B"])
+        ]
+        assert len({model.weight.untyped_storage().data_ptr(), *storages}) == 5
