@@ -182,10 +182,21 @@ def _orthonormal(rows: int, r: int, like: Tensor, site: Site) -> Tensor:
 def _singular_directions(W: Tensor, ascending: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the singular terms of W of the given places, counted from the smallest."""
     short = W if W.shape[0] <= W.shape[1] else W.T
-    wide = short.to(dtype)
-    U = torch.linalg.eigh(wide @ wide.T)[1][:, ascending.to(W.device)].to(W.dtype)
+    U = torch.linalg.eigh(_gram(short.to(dtype)))[1][:, ascending.to(W.device)].to(W.dtype)
     A, B = _balanced(U, U.T @ short)
     return (A, B) if short is W else (B.T, A.T)
+
+
+def _gram(M: Tensor, rows: int = 128) -> Tensor:
+    """Return the lower triangle of M M^T, which is all that `eigh` reads, some rows at a time.
+
+    Above the diagonal blocks are zeros: for those it takes little more than half the products.
+    """
+    G = M.new_zeros(M.shape[0], M.shape[0])
+    for start in range(0, M.shape[0], rows):
+        end = start + rows
+        G[start:end, :end] = M[start:end] @ M[:end].T
+    return G
 
 
 def _balanced(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:

@@ -124,6 +124,15 @@ class TestSingularDirections:
             assert A[:, i].any() or B[i].any(), "a term with both factors zero has no gradient"
 
 
+class TestGram:
+    @given(SIZES, SIZES, st.integers(1, 12), SEEDS)
+    def test_is_the_lower_triangle_whatever_the_block(self, m, n, rows, seed):
+        W = matrix(m, n, seed)
+        # Products of n terms, added in any order (Higham 2002, equation 3.5).
+        bound = 2 * n * 2**-53 * (W.abs() @ W.abs().T)
+        assert ((samplers._gram(W, rows) - W @ W.T).tril().abs() <= bound).all()
+
+
 class TestProjection:
     @given(SIZES, SIZES, st.data(), SEEDS)
     def test_is_an_orthogonal_projection_of_rank_r(self, m, n, data, seed):
