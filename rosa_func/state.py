@@ -1,6 +1,6 @@
 """The life of a state: init, resample, merge."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -105,14 +105,15 @@ def start(
         name: targeting.rank(r, name, _matrix_shape(name, shapes[name])) for name in plan.adapted
     }
 
-    def work(name: str) -> Split:
+    def work(name: str) -> Split | None:
         W = read(name)
         site = Site(name, plan.adapted[name], keys.generator(key, "init", name))
         kept = arithmetic.compensation_dtype(W.dtype, exact)
         return _draw(W, ranks[name], sampler, site, W.dtype, kept)
 
-    splits = dict(zip(plan.adapted, map_weights(work, plan.adapted), strict=True))
-    full = {name: _finite(name, read(name)).clone() for name in plan.full}
+    splits = _splits(work, plan.adapted)
+    full = {name: read(name).clone() for name in plan.full}
+    _refuse_non_finite(name for name, value in full.items() if not _all_finite(value))
     # In the model's own order, the residuals in the place of the weights.
     frozen = {
         name: splits[name].R if name in splits else read(name)
@@ -173,14 +174,14 @@ def resample(
     if r is not None:
         targeting.check_rank_patterns(r, adapted)
 
-    def work(name: str) -> Split:
+    def work(name: str) -> Split | None:
         R, A, B, c = parts(state, name)
         rank = A.shape[1] if r is None else targeting.rank(r, name, (A.shape[0], B.shape[1]))
         site = Site(name, int(state["input_dim", name]), keys.generator(key, "resample", name))
         W = arithmetic.join(R, A, B, c).view(state["frozen", name].shape)
         return _draw(W, rank, sampler, site, R.dtype, None if c is None else c.dtype, own=True)
 
-    splits = dict(zip(adapted, map_weights(work, adapted), strict=True))
+    splits = _splits(work, adapted)
     frozen = dict(state["frozen"].items()) | {name: split.R for name, split in splits.items()}
     full = {
         name: value.detach().clone()
@@ -242,9 +243,10 @@ def _draw(
     dtype: torch.dtype,
     kept: torch.dtype | None,
     own: bool = False,
-) -> Split:
-    """Draw the factors of W and split it, in W's shape; refuse what no split can be made of."""
-    W = _finite(site.name, W)
+) -> Split | None:
+    """Draw the factors of W and split it, in W's shape; None if W is not finite."""
+    if not _all_finite(W):
+        return None
     try:
         A, B = sampler(W.flatten(1).to(arithmetic.factor_dtype(dtype)), r, site)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -258,13 +260,18 @@ def _draw(
     return Split(R.view(W.shape), A, B, None if c is None else c.view(W.shape))
 
 
-def _finite(name: str, W: Tensor) -> Tensor:
-    """Return W, or refuse it by its name."""
-    if not _all_finite(W):
+def _splits(work: Callable[[str], Split | None], names: Collection[str]) -> dict[str, Split]:
+    """Return {name: work(name)}; refuse all weights that are not finite at once."""
+    splits = dict(zip(names, map_weights(work, names), strict=True))
+    _refuse_non_finite(name for name, split in splits.items() if split is None)
+    return {name: split for name, split in splits.items() if split is not None}
+
+
+def _refuse_non_finite(names: Iterable[str]) -> None:
+    if bad := list(names):
         raise ValueError(
-            f"{name} has non-finite values: load other weights, or lower the learning rate"
+            f"{', '.join(bad)}: non-finite values; load other weights, or lower the learning rate"
         )
-    return W
 
 
 def _all_finite(W: Tensor) -> bool:

@@ -186,9 +186,17 @@ def test_weights_that_are_not_finite(bad, dtype):
     model = small()
     state = rosa_func.init(model, 2)
     state["trainable", "2.weight", "A"][0, 0] = bad  # as after a step too large
-    with pytest.raises(ValueError, match=r"2\.weight has non-finite values.*learning rate"):
+    with pytest.raises(ValueError, match=r"^2\.weight: non-finite values.*learning rate"):
         rosa_func.resample(state, 1)
     assert adapted(changed("2.weight", weight), targets="0.weight")  # it is not asked for
+
+
+def test_all_weights_that_are_not_finite_are_named():
+    model = small()
+    with torch.no_grad():
+        model[0].weight.fill_(float("nan"))
+        model[2].weight.fill_(float("nan"))
+    refused(ValueError, "0.weight, 2.weight: non-finite", model=model)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.complex64, torch.float8_e4m3fn])

@@ -29,7 +29,11 @@ def language_loss(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def setting(
-    sampler: str = "random", key: int = 0, inner: bool = False, **options: object
+    sampler: str = "random",
+    key: int = 0,
+    inner: bool = False,
+    exact: bool | None = None,
+    **options: object,
 ) -> tuple[nn.Module, TensorDict]:
     """Return a small GPT-2 and a state of it as if trained.
 
@@ -39,7 +43,9 @@ def setting(
     model = seeded(lambda: gpt2(**options)).eval()
     targets, train = (None, ()) if inner else (["wte", "c_attn", "c_proj", "c_fc"], "*ln_*")
     draw = getattr(samplers, sampler)
-    state = rosa_func.init(model, 3, key=key, sampler=draw, targets=targets, train=train)
+    state = rosa_func.init(
+        model, 3, key=key, sampler=draw, targets=targets, train=train, exact=exact
+    )
     return model, perturbed(state, seed=key % 2**32)
 
 
@@ -152,8 +158,10 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-def test_compile_the_whole_graph_of_grad_and_value(fresh_compiler):
-    model, state = setting(layers=1)
+@pytest.mark.parametrize("exact", [None, True])
+def test_compile_the_whole_graph_of_grad_and_value(fresh_compiler, exact):
+    model, state = setting(layers=1, exact=exact)
+    assert ("compensation" in state.keys()) == bool(exact)
     step = torch.compile(grad_and_value(loss_of(model, state)), fullgraph=True, backend="aot_eager")
     for seed in range(2):  # the second call runs what the first has compiled
         new = state.replace({"trainable": perturbed(state, seed=seed)["trainable"]})
