@@ -41,8 +41,12 @@ def main() -> None:
     )
     parser.add_argument("--cache", type=Path, default=Path("runs/bases"), help="of base models")
     parser.add_argument("--results", type=Path, default=folder / "results", help="of the lines")
-    parser.add_argument("--figures", type=Path, default=folder / "figures")
-    parser.add_argument("--page", type=Path, default=folder / "RESULTS.md", help="of the tables")
+    parser.add_argument(
+        "--figures", type=Path, help="folder (default: beside the page, or the lines)"
+    )
+    parser.add_argument(
+        "--page", type=Path, help="of the tables (default: RESULTS.md, for its lines)"
+    )
     parser.add_argument("--experiments", type=Path, default=folder, help="of the TOML files")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time")
     args = parser.parse_args()
@@ -68,10 +72,13 @@ def main() -> None:
     else:
         from . import report
 
-        names = args.names or report.placed(args.page, plan.names(args.experiments))
-        page = None if args.model else args.page  # which is of the files' own models
+        published = args.results.resolve() == (folder / "results").resolve() and not args.model
+        page = args.page or (folder / "RESULTS.md" if published else None)
+        figures = args.figures or (folder if published else args.results) / "figures"
+        known = plan.names(args.experiments)
+        names = args.names or report.placed(folder / "RESULTS.md", known)
         for experiment in loaded(names):
-            print(report.write(experiment, args.results, args.figures, page))
+            print(report.write(experiment, args.results, figures, page))
         for name, text in (("columns", report.COLUMNS), ("spent", report.spent(args.results))):
             print(text)
             if page is not None:
