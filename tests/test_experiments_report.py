@@ -1,5 +1,6 @@
-"""Tables and figures of lines written by hand."""
+"""Tables and figures of lines written by hand, and of the published ones."""
 
+import re
 from typing import Any
 
 import pytest
@@ -84,7 +85,9 @@ class TestReport:
         assert report.spent(tmp_path).startswith("2 runs,")
         assert ": 2.0 hours of training on one core each" in report.spent(tmp_path)
 
-    def test_a_logarithmic_figure_shows_the_range_of_the_seeds(self, tmp_path, monkeypatch):
+    def test_a_logarithmic_figure_shows_the_geometric_mean_and_the_range_of_the_seeds(
+        self, tmp_path, monkeypatch
+    ):
         drawn = []
         close = figures.plt.close
         monkeypatch.setattr(figures.plt, "close", lambda d: drawn.append(d) or close(d))
@@ -99,6 +102,7 @@ class TestReport:
             (band,) = axes.collections
             (path,) = band.get_paths()
             low, high = path.vertices[:, 1].min(), path.vertices[:, 1].max()
+            assert axes.lines[0].get_ydata()[-1] == pytest.approx(1e-6)  # the geometric mean
             assert (low, high) == pytest.approx((1e-9, 1.0 if kind == "curves" else 1e-3))
             assert 1e-11 < axes.get_ylim()[0] < 1e-9
 
@@ -162,3 +166,23 @@ class TestReport:
         apart = 10**12.706  # t(0.975, 1) times half of the range, which is two decades
         low, high, shown = 1e-5 / apart, 1e-5 * apart, "{:.2g} [{:.2g}, {:.2g}]".format
         assert f"| {shown(1e-5, low, high)} | {shown(2e-5, 2 * low, 2 * high)} |" in lines
+
+
+PAGE = plan.FOLDER / "RESULTS.md"
+
+
+@pytest.mark.parametrize("name", report.placed(PAGE, plan.names(plan.FOLDER)))
+def test_the_page_has_the_table_of_the_published_lines(name):
+    experiment = plan.load(name)
+    text = report.table(experiment, report.gather(experiment, plan.FOLDER / "results"))
+    assert f"<!-- {name} -->\n{text}\n<!-- end of {name} -->" in PAGE.read_text(encoding="utf-8")
+
+
+def test_each_figure_of_the_page_is_one_of_a_file_and_the_other_way_round():
+    linked = set(re.findall(r"\(figures/(.+?)\.png\)", PAGE.read_text(encoding="utf-8")))
+    drawn = {
+        figures.stem(figure, plan.load(name))
+        for name in report.placed(PAGE, plan.names(plan.FOLDER))
+        for figure in plan.load(name).figures
+    }
+    assert linked == drawn == {path.stem for path in (plan.FOLDER / "figures").glob("*.png")}

@@ -26,13 +26,19 @@ def draw(
     if figure.get("log"):
         axes.set_yscale("log")
     KINDS[figure["kind"]](axes, chosen, figure)
-    drawing.suptitle(experiment.title, fontsize="medium")
+    at = f", r = {figure['rank']}" if "rank" in figure else ""
+    drawing.suptitle(f"{experiment.title}\n{figure['y']}{at}", fontsize="medium")
     axes.grid(which="both", alpha=0.3)
-    of = f"-r{figure['rank']}" if "rank" in figure else ""
-    path = folder / f"{experiment.name}-{figure['kind']}{of}.png"
+    path = folder / f"{stem(figure, experiment)}.png"
     drawing.savefig(path, dpi=120)
     plt.close(drawing)
     return path
+
+
+def stem(figure: dict[str, Any], experiment: plan.Experiment) -> str:
+    """Return the name of a figure's file."""
+    of = f"-r{figure['rank']}" if "rank" in figure else ""
+    return f"{experiment.name}-{figure['kind']}{of}"
 
 
 def legend(axes: Axes) -> None:
@@ -62,9 +68,15 @@ def curves(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
 
 
 def spread(values: list[float], figure: dict[str, Any]) -> tuple[float, float, float]:
-    """Return the mean and an interval: the 95% one, or on a logarithmic axis that of all seeds."""
-    middle, half = report.interval(values)
+    """Return the mean and its 95% interval.
+
+    On a logarithmic axis the mean is the geometric one, as in the tables, with the range of the
+    seeds; of two seeds it is their range too, as their interval would fill the figure.
+    """
     if figure.get("log"):
+        return report.geometric(values)[0], min(values), max(values)
+    middle, half = report.interval(values)
+    if len(values) == 2:
         return middle, min(values), max(values)
     return middle, middle - half, middle + half
 
@@ -108,6 +120,7 @@ def bars(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
         axes.errorbar(middle, place, xerr=half, marker="o", capsize=4, color="tab:blue")
         axes.plot(values, [place] * len(values), "|", color="black", markersize=9)
     axes.set_yticks(range(len(results)), [result.method.label for result in results])
+    axes.set_xlim(figure.get("left"), figure.get("right"))
     axes.set_xlabel(figure["y"])
 
 

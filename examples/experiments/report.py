@@ -32,8 +32,8 @@ COLUMNS = """\
   an end of the grid, = taken over from another method);
 - *n*: seeds; ±: 95% interval of the mean (Student's t);
 - *to LoRA*, or to another method: the difference at as many values (within 2%), paired by seed, so
-  that a negative one is an advantage where the metric is a loss; on *dev* that of the best losses
-  there, which the weights were chosen by;
+  that a negative one is an advantage where the metric is a loss; *on dev*, of GLUE *on the tenth of
+  train*, that of the best losses there, which the weights were chosen by;
 - errors that span decades (regression) have the geometric mean [its 95% interval], *over LoRA's* is
   the ratio, likewise; what is below the square of float64's rounding, 5e-32, counts as that;
 - *MiB*: peak of training above the imports, mostly data and activations where the model is small;
@@ -120,6 +120,12 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean(values), float(student.ppf(0.975, n - 1)) * stdev(values) / n**0.5
 
 
+def geometric(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the geometric mean with the ends of its 95% interval."""
+    middle, half = interval([math.log(max(value, ROUNDING)) for value in values])
+    return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
+
+
 def loss_on_test(end: records.Line) -> float:
     """Return what a last line says of test."""
     return float(end["test"]["loss"])
@@ -148,9 +154,10 @@ def table(experiment: plan.Experiment, results: list[Result]) -> str:
     names = NAMES | ({"loss": "relative error"} if decades else {})
     heads = ["method", "values", "rate", "n", *(names.get(key, key) for key in [*keys, *written])]
     first = names.get(keys[0], keys[0])
+    chosen_by = "loss on the tenth of train" if task == "glue" else "on dev"
     differences = [lambda end: float(end["test"][keys[0]]), lambda end: float(end["best"])]
     for name in experiment.compare:
-        heads += [f"over {name}'s"] if decades else [f"to {name} ({first})", "on dev"]
+        heads += [f"over {name}'s"] if decades else [f"to {name} ({first})", chosen_by]
     heads += ["MiB", "time"]
     full = next((r for r in results if r.method.label == "full"), None)
     rows = []
@@ -214,8 +221,7 @@ def shown(value: float, half: float, sign: bool = False) -> str:
 
 def ranged(values: Sequence[float]) -> str:
     """Return the geometric mean with its 95% interval, to two digits."""
-    middle, half = interval([math.log(max(value, ROUNDING)) for value in values])
-    return "{:.2g} [{:.2g}, {:.2g}]".format(*map(math.exp, (middle, middle - half, middle + half)))
+    return "{:.2g} [{:.2g}, {:.2g}]".format(*geometric(values))
 
 
 def spent(results: Path) -> str:
