@@ -44,8 +44,8 @@ def split(
 ) -> tuple[Tensor, Tensor | None]:
     """Return R = W - A B rounded to `dtype`, and what the rounding took, in the dtype `kept`.
 
-    W is m x n, in `dtype` or in the wider one in which `join` returns it. If `own`, R may take W's
-    memory: fresh pages cost as much as the arithmetic. A and B come from `aligned`.
+    W is m x n, in `dtype` or in the wider one in which `join` returns it. If `own`, R may be
+    written over W: fresh pages cost as much as the arithmetic. A and B come from `aligned`.
     """
     if not (A.any() and B.any()):  # nothing is subtracted: R is W, its storage too
         R = W.to(dtype)

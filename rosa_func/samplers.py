@@ -190,7 +190,7 @@ def _singular_directions(W: Tensor, ascending: Tensor, dtype: torch.dtype) -> tu
 def _gram(M: Tensor, rows: int = 128) -> Tensor:
     """Return the lower triangle of M M^T, which is all that `eigh` reads, some rows at a time.
 
-    Above the diagonal blocks are zeros: for those it takes little more than half the products.
+    Entries above the diagonal blocks stay zero: of 768 rows that saves 42% of the products.
     """
     G = M.new_zeros(M.shape[0], M.shape[0])
     for start in range(0, M.shape[0], rows):

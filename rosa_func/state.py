@@ -111,9 +111,9 @@ def start(
         kept = arithmetic.compensation_dtype(W.dtype, exact)
         return _draw(W, ranks[name], sampler, site, W.dtype, kept)
 
-    splits = _splits(work, plan.adapted)
     full = {name: read(name).clone() for name in plan.full}
-    _refuse_non_finite(name for name, value in full.items() if not _all_finite(value))
+    bad = [name for name, value in full.items() if not _all_finite(value)]
+    splits = _splits(work, plan.adapted, bad)
     # In the model's own order, the residuals in the place of the weights.
     frozen = {
         name: splits[name].R if name in splits else read(name)
@@ -251,6 +251,11 @@ def _draw(
         A, B = sampler(W.flatten(1).to(arithmetic.factor_dtype(dtype)), r, site)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ValueError(f"the decomposition of {site.name} did not converge: {error}") from error
+    if A.shape[1:] != B.shape[:1] or (*A.shape[:1], *B.shape[1:]) != W.flatten(1).shape:
+        raise ValueError(
+            f"the sampler's factors of {site.name} have shapes {tuple(A.shape)} and "
+            f"{tuple(B.shape)}, whose product is not {tuple(W.flatten(1).shape)}"
+        )
     A, B = arithmetic.aligned(A), arithmetic.aligned(B)  # copies: a sampler may return views of W
     R, c = arithmetic.split(W.flatten(1), A, B, dtype, kept, own)
     if dtype == torch.float16 and not _all_finite(R):
@@ -260,18 +265,16 @@ def _draw(
     return Split(R.view(W.shape), A, B, None if c is None else c.view(W.shape))
 
 
-def _splits(work: Callable[[str], Split | None], names: Collection[str]) -> dict[str, Split]:
-    """Return {name: work(name)}; refuse all weights that are not finite at once."""
+def _splits(
+    work: Callable[[str], Split | None], names: Collection[str], bad: Collection[str] = ()
+) -> dict[str, Split]:
+    """Return {name: work(name)}; refuse all weights that are not finite, and `bad`, at once."""
     splits = dict(zip(names, map_weights(work, names), strict=True))
-    _refuse_non_finite(name for name, split in splits.items() if split is None)
-    return {name: split for name, split in splits.items() if split is not None}
-
-
-def _refuse_non_finite(names: Iterable[str]) -> None:
-    if bad := list(names):
+    if bad := [*(name for name, split in splits.items() if split is None), *bad]:
         raise ValueError(
             f"{', '.join(bad)}: non-finite values; load other weights, or lower the learning rate"
         )
+    return {name: split for name, split in splits.items() if split is not None}
 
 
 def _all_finite(W: Tensor) -> bool:

@@ -132,6 +132,13 @@ class TestGram:
         bound = 2 * n * 2**-53 * (W.abs() @ W.abs().T)
         assert ((samplers._gram(W, rows) - W @ W.T).tril().abs() <= bound).all()
 
+    @pytest.mark.parametrize("shape", [(130, 140), (140, 130)])
+    def test_eigh_reads_no_more_of_it(self, shape):
+        W = matrix(*shape, 0)  # of two blocks
+        for sampler, first in ((samplers.top, 0), (samplers.bottom, 127)):
+            A, B = sampler(W, 3, site(0))
+            assert terms_of_the_svd(W, A @ B) == [first, first + 1, first + 2]
+
 
 class TestProjection:
     @given(SIZES, SIZES, st.data(), SEEDS)
@@ -189,6 +196,21 @@ class TestAllSamplers:
     def test_a_sampler_of_ones_own_is_all_that_a_method_needs(self):
         state = rosa_func.init(torch.nn.Linear(5, 4), 2, sampler=first_rows, exact=True)
         assert not state["frozen", "weight"][:2].any()
+
+    @pytest.mark.parametrize("exact", [None, True])
+    @pytest.mark.parametrize("shapes", [((3, 2), (2, 5)), ((1, 2), (2, 4)), ((1, 2), (3, 5))])
+    def test_factors_of_other_shapes_are_refused(self, exact, shapes):
+        def other(W, r, site):
+            return [W.new_ones(shape) for shape in shapes]
+
+        model = torch.nn.Linear(5, 1)
+        state = rosa_func.init(model, 1, exact=exact)
+        for draw in (
+            lambda: rosa_func.init(model, 1, sampler=other, exact=exact),
+            lambda: rosa_func.resample(state, 1, sampler=other),
+        ):
+            with pytest.raises(ValueError, match=r"factors of weight have shapes .* not \(1, 5\)"):
+                draw()
 
     @pytest.mark.parametrize("exact", [None, True])
     def test_factors_that_are_views_of_the_weight_become_copies(self, exact):

@@ -197,6 +197,8 @@ def test_all_weights_that_are_not_finite_are_named():
         model[0].weight.fill_(float("nan"))
         model[2].weight.fill_(float("nan"))
     refused(ValueError, "0.weight, 2.weight: non-finite", model=model)
+    options = {"targets": "2.weight", "train": "0.*"}
+    refused(ValueError, "2.weight, 0.weight: non-finite", model=model, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.complex64, torch.float8_e4m3fn])
