@@ -106,6 +106,12 @@ class TestReport:
             assert (low, high) == pytest.approx((1e-9, 1.0 if kind == "curves" else 1e-3))
             assert 1e-11 < axes.get_ylim()[0] < 1e-9
 
+    @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=3))
+    def test_the_middle_lies_in_its_band(self, values):
+        for axis in ({"log": True}, {}):
+            middle, low, high = figures.spread(values, axis)
+            assert low <= middle <= high or (len(values) == 1 and not axis)  # one has no interval
+
     @pytest.mark.parametrize("asked", [False, True])
     def test_bars_show_full_fine_tuning_only_where_the_figure_asks(
         self, tmp_path, monkeypatch, asked
@@ -166,6 +172,15 @@ class TestReport:
         apart = 10**12.706  # t(0.975, 1) times half of the range, which is two decades
         low, high, shown = 1e-5 / apart, 1e-5 * apart, "{:.2g} [{:.2g}, {:.2g}]".format
         assert f"| {shown(1e-5, low, high)} | {shown(2e-5, 2 * low, 2 * high)} |" in lines
+
+
+def test_lines_of_ones_own_do_not_go_into_the_published_page(tmp_path):
+    published = plan.FOLDER / "results"
+    own_page = tmp_path / "p.md"
+    assert report.places(published, None, None, True) == (PAGE, PAGE.parent / "figures")
+    for results, own_files in ((tmp_path, True), (published, False)):
+        assert report.places(results, None, None, own_files) == (None, results / "figures")
+        assert report.places(results, own_page, None, own_files) == (own_page, tmp_path / "figures")
 
 
 PAGE = plan.FOLDER / "RESULTS.md"

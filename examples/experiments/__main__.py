@@ -57,6 +57,7 @@ def main() -> None:
         found = [plan.load(name, args.experiments) for name in names]
         return [plan.with_model(e, args.model) for e in found] if args.model else found
 
+    own_files = args.experiments.resolve() == folder.resolve() and not args.model
     if args.command == "list":
         for name in plan.names(args.experiments):
             print(f"{name:24}{plan.load(name, args.experiments).title}")
@@ -72,11 +73,9 @@ def main() -> None:
     else:
         from . import report
 
-        published = args.results.resolve() == (folder / "results").resolve() and not args.model
-        page = args.page or (folder / "RESULTS.md" if published else None)
-        figures = args.figures or (folder if published else args.results) / "figures"
+        page, figures = report.places(args.results, args.page, args.figures, own_files)
         known = plan.names(args.experiments)
-        names = args.names or report.placed(folder / "RESULTS.md", known)
+        names = args.names or report.placed(page or folder / "RESULTS.md", known)
         for experiment in loaded(names):
             print(report.write(experiment, args.results, figures, page))
         for name, text in (("columns", report.COLUMNS), ("spent", report.spent(args.results))):

@@ -68,13 +68,15 @@ def curves(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
 
 
 def spread(values: list[float], figure: dict[str, Any]) -> tuple[float, float, float]:
-    """Return the mean and its 95% interval.
+    """Return the middle and the ends of its band: the mean and its 95% interval.
 
-    On a logarithmic axis the mean is the geometric one, as in the tables, with the range of the
-    seeds; of two seeds it is their range too, as their interval would fill the figure.
+    On a logarithmic axis they are the geometric mean, as in the tables, and the range of the
+    seeds; the band of two seeds is their range too, as their interval would fill the figure.
     """
     if figure.get("log"):
-        return report.geometric(values)[0], min(values), max(values)
+        kept = [max(value, report.ROUNDING) for value in values]
+        low, high = min(kept), max(kept)
+        return min(max(report.geometric(kept)[0], low), high), low, high  # exp(log(x)) is not x
     middle, half = report.interval(values)
     if len(values) == 2:
         return middle, min(values), max(values)

@@ -32,8 +32,8 @@ COLUMNS = """\
   an end of the grid, = taken over from another method);
 - *n*: seeds; ±: 95% interval of the mean (Student's t);
 - *to LoRA*, or to another method: the difference at as many values (within 2%), paired by seed, so
-  that a negative one is an advantage where the metric is a loss; *on dev*, of GLUE *on the tenth of
-  train*, that of the best losses there, which the weights were chosen by;
+  that a negative one is an advantage where the metric is a loss; *on dev*, of GLUE *loss on the
+  tenth of train*, that of the best losses there, which the weights were chosen by;
 - errors that span decades (regression) have the geometric mean [its 95% interval], *over LoRA's* is
   the ratio, likewise; what is below the square of float64's rounding, 5e-32, counts as that;
 - *MiB*: peak of training above the imports, mostly data and activations where the model is small;
@@ -236,6 +236,18 @@ def spent(results: Path) -> str:
 
 def _exponent(value: float) -> int:
     return int(f"{value:e}".split("e")[1])
+
+
+def places(
+    results: Path, page: Path | None, figures: Path | None, own_files: bool
+) -> tuple[Path | None, Path]:
+    """Return where the tables and the figures go, where none is given.
+
+    The published page has the tables of the published lines, by the files as they are, alone.
+    """
+    published = own_files and results.resolve() == (plan.FOLDER / "results").resolve()
+    page = page or (plan.FOLDER / "RESULTS.md" if published else None)
+    return page, figures or (page.parent if page else results) / "figures"
 
 
 def placed(page: Path, names: list[str]) -> list[str]:
