@@ -57,7 +57,6 @@ def main() -> None:
         found = [plan.load(name, args.experiments) for name in names]
         return [plan.with_model(e, args.model) for e in found] if args.model else found
 
-    own_files = args.experiments.resolve() == folder.resolve() and not args.model
     if args.command == "list":
         for name in plan.names(args.experiments):
             print(f"{name:24}{plan.load(name, args.experiments).title}")
@@ -73,6 +72,7 @@ def main() -> None:
     else:
         from . import report
 
+        own_files = args.experiments.resolve() == folder.resolve() and not args.model
         page, figures = report.places(args.results, args.page, args.figures, own_files)
         known = plan.names(args.experiments)
         names = args.names or report.placed(page or folder / "RESULTS.md", known)
