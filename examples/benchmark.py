@@ -43,6 +43,7 @@ from benchmark_contenders import (
 )
 from benchmark_growth import growth, plot
 from benchmark_memory import memory
+from machine import cpu
 
 import rosa_func
 
@@ -211,11 +212,8 @@ def line(row: Row, judged: bool) -> str:
 
 def environment() -> dict[str, Any]:
     """Describe the machine and the versions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -174,9 +174,6 @@ class TestLines:
     def line(self, cell: str, event: str, **fields: Any) -> records.Line:
         return {"cell": cell, "event": event, **fields}
 
-    def of_file(self, lines: list[records.Line], name: str) -> list[records.Line]:
-        return [*lines[:-1], {**lines[-1], "file": name}]
-
     def test_only_finished_cells_are_read(self, tmp_path):
         whole = [
             self.line("a", "start"),
@@ -187,7 +184,7 @@ class TestLines:
         records.append(
             tmp_path / "x.jsonl", [self.line("b", "start"), self.line("b", "dev", loss=1)]
         )
-        assert records.read(tmp_path) == {"a": self.of_file(whole, "x.jsonl")}
+        assert records.read(tmp_path) == {"a": whole}
         assert records.scores(records.read(tmp_path)) == {"a": 2.0}
 
     def test_a_torn_line_is_cut_off_and_the_cell_runs_again(self, tmp_path):
@@ -198,7 +195,7 @@ class TestLines:
         for torn in (b'{"cell": "b", "ev', b'{"cell": "b", "event": "start"}\n{"cell"'):
             path.write_bytes(before + torn)
             with records.locked(tmp_path):
-                assert records.read(tmp_path) == {"a": self.of_file(whole, "x.jsonl")}
+                assert records.read(tmp_path) == {"a": whole}
             assert path.read_bytes().startswith(before)
 
     def test_a_second_runner_is_refused(self, tmp_path):

@@ -62,7 +62,17 @@ class TestSearch:
         scores = {cell.key: 1.0 for cell in plan.due(e, {})}
         due = [(c.method.name, c.phase, c.seed) for c in plan.due(e, scores)]
         turns = range(e.rounds)
-        assert due == [(name, "cost", turn) for turn in turns for name in ("LoRA", "ROSA")]
+        names = ("full", "LoRA", "ROSA")  # the first is not in the file
+        assert due == [(name, "cost", turn) for turn in turns for name in names]
+
+    def test_the_costs_of_other_methods_beside_are_other_cells(self):
+        e = experiment()
+        keys = {cell.key for cell in plan.costs(e)}
+        assert keys.isdisjoint(cell.key for cell in plan.costs(e._replace(methods=METHODS[:-1])))
+        assert len(keys) == e.rounds * len(METHODS)  # full, which is there, not twice
+
+    def test_methods_that_take_no_steps_have_no_costs(self):
+        assert not plan.costs(experiment(methods=[METHODS[1]._replace(solve=True)]))
 
     def test_lengths_of_one_method_share_one_search_whose_cells_are_due_once(self):
         methods = [METHODS[1], METHODS[1]._replace(length=2.0)]

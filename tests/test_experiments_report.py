@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_experiment import METHODS, RATES, experiment
+from small_experiment import METHODS, RATES, SETTING, experiment
 
 from examples.experiments import figures, plan, records, report
 
@@ -22,7 +22,8 @@ class TestReport:
         draw: float = 0.0,
         trainable: int = 10,
     ) -> Any:
-        cost = {"step_seconds": step, "draw_seconds": draw, "peak_mib": 7.0, "file": "x.jsonl"}
+        cost = {"step_seconds": step, "draw_seconds": draw, "peak_mib": 7.0, "run": "today"}
+        cost |= {"cpu": "a processor", "threads": 2}
         slow = {**cost, "step_seconds": 3 * step, "draw_seconds": 3 * draw}  # a busy round
         end = {"event": "end", "trainable": trainable, "steps": 100, "cycles": 4}
         runs = {
@@ -32,7 +33,10 @@ class TestReport:
             ]
             for seed, loss in enumerate(losses)
         }
-        return report.Result(method, 1e-3, "", runs, {0: cost, 1: slow, 2: cost})
+        costs = {0: cost, 1: slow, 2: cost}
+        of_full = {"step_seconds": 2.0, "run": "today"}
+        full = {0: of_full, 1: {**of_full, "step_seconds": 6.0}, 2: of_full}
+        return report.Result(method, 1e-3, "", runs, costs, full)
 
     @given(st.lists(st.floats(-5, 5), min_size=2, max_size=8))
     def test_the_interval_is_students(self, values):
@@ -127,24 +131,34 @@ class TestReport:
         assert means == [2.0] * len(names)
 
     def test_time_is_of_whole_runs_with_their_draws(self):
-        full = self.result(METHODS[0], [1.0], 2.0, 0.0)
         rosa = self.result(METHODS[2], [1.0], 1.0, 5.0)
-        assert report.time_ratio(rosa, full) == pytest.approx((100 * 1 + 4 * 5) / (100 * 2))
+        assert report.time_ratio(rosa) == pytest.approx((100 * 1 + 4 * 5) / (100 * 2))
 
-    def test_times_of_other_runs_are_not_compared(self, tmp_path):
-        for name in ("a", "b"):
-            records.append(
-                tmp_path / f"{name}.jsonl",
-                [{"cell": name, "event": "start"}, {"cell": name, "event": "end", "best": None}],
-            )
-        cells = records.read(tmp_path)
-        assert {key: lines[-1]["file"] for key, lines in cells.items()} == {
-            "a": "a.jsonl",
-            "b": "b.jsonl",
-        }
-        full, rosa = self.result(METHODS[0], [1.0]), self.result(METHODS[2], [1.0])
-        rosa.costs[0]["file"] = rosa.costs[1]["file"] = "other.jsonl"
-        assert report.time_ratio(rosa, full) is None
+    def test_times_of_other_runs_are_not_compared(self):
+        rosa = self.result(METHODS[2], [1.0], 1.0, 5.0)
+        rosa.full[1]["run"] = "yesterday"
+        rosa.full[1]["step_seconds"] = 1e-6
+        assert report.time_ratio(rosa) == pytest.approx((100 * 1 + 4 * 5) / (100 * 2))
+        for line in rosa.full.values():
+            line["run"] = "yesterday"
+        assert report.time_ratio(rosa) is None
+
+    def test_times_are_told_by_full_fine_tuning_where_it_is_in_no_table(self, tmp_path):
+        e = experiment(rates=[1e-3], seeds=[0], methods=METHODS[1:3], rounds=1)
+        e = e._replace(setting={**SETTING, "task": "code"})
+        end = {"event": "end", "trainable": 10, "steps": 100, "cycles": 4, "best": 1.0}
+        for cell in plan.finals(e, {}):
+            own = {**end, "cell": cell.key, "test": {"loss": 1.0}, "run": "before"}
+            records.append(tmp_path / "x.jsonl", [{"event": "start", "data": ""}, own])
+        steps = {"full": 2.0, "LoRA": 1.0, "ROSA": 1.0}
+        for cell in plan.costs(e):
+            start = {"event": "start", "data": "of another base", "cpu": "a processor"}
+            step = {"step_seconds": steps[cell.method.name], "draw_seconds": 5.0, "peak_mib": 7.0}
+            own = {"event": "end", "cell": cell.key, "best": None, "run": "today", **step}
+            records.append(tmp_path / "x.jsonl", [{**start, "threads": 2}, own])
+        found = report.gather(e, tmp_path)
+        assert [report.time_ratio(result) for result in found] == [0.6, 0.6]
+        assert "MiB and time: a processor, 2 threads." in report.table(e, found)
 
     def test_a_table_has_mean_interval_difference_time_and_diverged_runs(self):
         full = self.result(METHODS[0], [1.0, 1.0], 2.0, 0.0, trainable=100)
@@ -163,6 +177,7 @@ class TestReport:
             f"| -1.2 ± {3 * apart:.1f} |  |  | 7 | 0.6 |"
         )
         assert "embeddings, biases and norms frozen" in lines[-1]
+        assert lines[-1].endswith("MiB and time: a processor, 2 threads.")
 
     def test_errors_that_span_decades_are_told_by_geometric_means(self):
         lora = self.result(METHODS[1], [0.5, 0.5])

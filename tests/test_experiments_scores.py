@@ -9,6 +9,7 @@ from conftest import randn
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import BertModel
 
 import rosa_func
 from examples.experiments import draws, generation, glue, text
@@ -50,6 +51,16 @@ class TestScores:
         assert best["rouge_l"] == pytest.approx(1)
         worse = generation.metrics(["a b c x e f g", "what is that over here now"], references)
         assert all(worse[name] < best[name] for name in best)
+
+    def test_glue_tells_encoders_apart_and_not_the_seeds_of_a_head(self, tmp_path):
+        small.make(tmp_path)
+        setting = {"model": "tiny:bert", "length": 32, "rows": {"train": 60}, "batch": 4}
+        digests = [glue.load("CoLA", setting, seed, tmp_path).digest for seed in (0, 1)]
+        encoder = BertModel.from_pretrained(tmp_path / "bert")
+        encoder.embeddings.LayerNorm.bias.data += 1.0
+        encoder.save_pretrained(tmp_path / "bert")
+        other = glue.load("CoLA", setting, 0, tmp_path).digest
+        assert digests[0] == digests[1] != other
 
     def test_glue_chooses_on_a_tenth_of_train_and_reports_dev(self, tmp_path):
         small.make(tmp_path)

@@ -39,6 +39,9 @@ class Method(NamedTuple):
         return f"{self.name}{f' r={self.rank}' if self.rank else ''}{length}"
 
 
+FULL = Method("full", "full")
+
+
 class Cell(NamedTuple):
     """One run: everything that its result depends on."""
 
@@ -222,11 +225,16 @@ def finals(experiment: Experiment, scores: dict[str, float]) -> list[Cell]:
 def costs(experiment: Experiment) -> list[Cell]:
     """Return the cells that measure time and memory: methods that take steps, in turn, in rounds.
 
-    Their seed is the round.
+    Their seed is the round. Full fine-tuning is among them, for it is what times are told by. They
+    are the file's own: with another method beside them they are other cells, timed together.
     """
     methods = [m._replace(length=1.0) for m in experiment.methods if not m.solve]
+    if not methods:
+        return []
+    methods = list(dict.fromkeys([FULL, *methods]))
+    setting = {**experiment.setting, "in_turn": [method.label for method in methods]}
     return [
-        Cell(experiment.setting, method, 0.0, round, "cost")
+        Cell(setting, method, 0.0, round, "cost")
         for round in range(experiment.rounds)
-        for method in dict.fromkeys(methods)
+        for method in methods
     ]

@@ -34,7 +34,7 @@ def append(path: Path, lines: list[Line]) -> None:
 
 
 def read(folder: Path) -> dict[str, list[Line]]:
-    """Return the lines of every finished cell by its key; the last one says which file it is in."""
+    """Return the lines of every finished cell by its key."""
     finished: dict[str, list[Line]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         lines: list[Line] = []
@@ -42,7 +42,7 @@ def read(folder: Path) -> dict[str, list[Line]]:
             line = json.loads(text)
             lines = [line] if line["event"] == "start" else [*lines, line]
             if line["event"] == "end":
-                finished[line["cell"]] = [*lines[:-1], {**line, "file": path.name}]
+                finished[line["cell"]] = lines
     return finished
 
 

@@ -38,7 +38,7 @@ COLUMNS = """\
   the ratio, likewise; what is below the square of float64's rounding, 5e-32, counts as that;
 - *MiB*: peak of training above the imports, mostly data and activations where the model is small;
 - *time*: of a whole run with its draws over full fine-tuning's, from median steps, in turn with
-  nothing else running; none where full fine-tuning had no turn in the same run."""
+  nothing else running: full fine-tuning has its turn in every round, in the table or not."""
 POLICIES = {
     "regression": "All weights are matrices; there are no biases.",
     "glue": "full trains every parameter; the others the matrices of the encoder's linear layers "
@@ -58,6 +58,7 @@ class Result(NamedTuple):
     mark: str  # what there is to say of the rate
     runs: dict[int, list[records.Line]]
     costs: dict[int, records.Line]
+    full: dict[int, records.Line]  # full fine-tuning's costs by round
 
     @property
     def trainable(self) -> int:
@@ -76,7 +77,8 @@ def gather(experiment: plan.Experiment, results: Path) -> list[Result]:
     costs: dict[plan.Method, dict[int, records.Line]] = {}
     for cell in plan.costs(experiment):
         if cell.key in cells:
-            costs.setdefault(cell.method, {})[cell.seed] = cells[cell.key][-1]
+            start, *_, end = cells[cell.key]
+            costs.setdefault(cell.method, {})[cell.seed] = start | end
     by_method: dict[plan.Method, Result] = {}
     for cell in plan.finals(experiment, records.scores(cells)):
         if cell.key not in cells:
@@ -84,7 +86,8 @@ def gather(experiment: plan.Experiment, results: Path) -> list[Result]:
         searched = len(experiment.rates) > 1
         mark = "=" if cell.method in experiment.like else "*" if cell.rate in ends_of_grid else ""
         cost = costs.get(cell.method._replace(length=1.0), {})
-        new = Result(cell.method, cell.rate, mark if searched else "", {}, cost)
+        full = costs.get(plan.FULL, {})
+        new = Result(cell.method, cell.rate, mark if searched else "", {}, cost, full)
         by_method.setdefault(cell.method, new).runs[cell.seed] = cells[cell.key]
     used = [lines for result in by_method.values() for lines in result.runs.values()]
     searched = [cell.key for method in by_method for cell in plan.tuning(experiment, method)]
@@ -159,7 +162,6 @@ def table(experiment: plan.Experiment, results: list[Result]) -> str:
     for name in experiment.compare:
         heads += [f"over {name}'s"] if decades else [f"to {name} ({first})", chosen_by]
     heads += ["MiB", "time"]
-    full = next((r for r in results if r.method.label == "full"), None)
     rows = []
     for result in results:
         own, method = result.ends(), result.method
@@ -182,24 +184,30 @@ def table(experiment: plan.Experiment, results: list[Result]) -> str:
                     row.append(shown(*interval([a - b for a, b in both]), sign=True))
         peaks = [cost["peak_mib"] for cost in result.costs.values()]
         row.append(f"{median(peaks):.0f}" if peaks else "")
-        ratio = time_ratio(result, full) if full else None
+        ratio = time_ratio(result)
         rows.append([*row, f"{ratio:.1f}" if ratio else ""])
     filled = [i for i in range(len(heads)) if any(row[i] for row in rows)]
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
     text = "\n".join("| " + " | ".join(line[i] for i in filled) + " |" for line in lines)
-    return f"{text}\n\n{POLICIES.get(task, POLICY)}"
+    measured = {
+        f"{cost['cpu']}, {cost['threads']} threads"
+        for result in results
+        for cost in result.costs.values()
+    }
+    on = f" MiB and time: {'; '.join(sorted(measured))}." if measured else ""
+    return f"{text}\n\n{POLICIES.get(task, POLICY)}{on}"
 
 
-def time_ratio(result: Result, full: Result) -> float | None:
+def time_ratio(result: Result) -> float | None:
     """Return the time of a run, draws included, over full fine-tuning's: the median over rounds.
 
     Only where both had their turns in one run: at another hour the machine was another.
     """
     ratios = [
-        seconds(cost, result) / seconds(full.costs[round], full)
+        seconds(cost, result) / float(result.full[round]["step_seconds"])
         for round, cost in result.costs.items()
-        if round in full.costs and result.ends() and full.ends()
-        if cost["file"] == full.costs[round]["file"]
+        if round in result.full and result.ends()
+        if cost["run"] == result.full[round]["run"]
     ]
     return median(ratios) if ratios else None
 

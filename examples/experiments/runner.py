@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from datetime import UTC, datetime
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -32,7 +33,7 @@ def run(
     path, under_way = results / f"{experiment.name}.jsonl", results / "under-way"
     running: dict[int, tuple[BaseProcess, plan.Cell]] = {}
     failed: dict[str, str] = {}
-    taken = 0
+    taken, started = 0, datetime.now(UTC).isoformat(timespec="seconds")
     with (
         records.locked(results),
         tqdm(unit="step", desc=experiment.name, dynamic_ncols=True) as bar,
@@ -63,7 +64,7 @@ def run(
                     if process.exitcode:
                         failed[cell.key] = f"{_named(cell)}: exit code {process.exitcode}"
                         continue
-                    cells[cell.key] = _finish(under_way / f"{cell.key}.jsonl", path)
+                    cells[cell.key] = _finish(under_way / f"{cell.key}.jsonl", path, started)
                     bar.write(f"{_named(cell)}: {_said(cells[cell.key][-1])}", file=sys.stderr)
                 bar.update(steps.value - bar.n)
         finally:
@@ -129,9 +130,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _finish(path: Path, results: Path) -> list[records.Line]:
-    """Move the lines of a cell that has ended to those of the experiment."""
+def _finish(path: Path, results: Path, run: str) -> list[records.Line]:
+    """Move the lines of a cell that has ended to those of the experiment; the last has the run."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines[-1]["run"] = run
     records.append(results, lines)
     path.unlink()
     return lines

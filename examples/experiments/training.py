@@ -14,6 +14,7 @@ from torch import nn
 
 import rosa_func
 
+from .. import machine
 from ..finetune_data import rate_at
 from ..peak_memory import peak_memory_of_this_process, reset_peak_memory
 from .adapting import Run, cycle_starts
@@ -142,5 +143,6 @@ def _described(cell: Cell, task: Task) -> dict[str, Any]:
         "setting": cell.setting,
         "data": task.digest,
         "versions": versions,
+        "cpu": machine.cpu(),
         "threads": torch.get_num_threads(),
     }
