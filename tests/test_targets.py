@@ -191,6 +191,15 @@ def test_weights_that_are_not_finite(bad, dtype):
     assert adapted(changed("2.weight", weight), targets="0.weight")  # it is not asked for
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_finite_weights_whose_sum_overflows_are_taken(dtype):
+    weight = torch.full((8, 4), torch.finfo(dtype).max, dtype=dtype)
+    assert not weight.sum().isfinite()
+    options = {"targets": "2.weight", "sampler": samplers.lora}
+    state = rosa_func.init(changed("2.weight", weight), 2, **options)
+    assert torch.equal(rosa_func.merge(state)["2.weight"], weight)
+
+
 def test_all_weights_that_are_not_finite_are_named():
     model = small()
     with torch.no_grad():
