@@ -35,7 +35,6 @@ from benchmark_contenders import (
     gpt2_config,
     interleave,
     peft,
-    rosa_of,
     timed,
     tokens,
     train_step,
@@ -43,6 +42,7 @@ from benchmark_contenders import (
 )
 from benchmark_growth import growth, plot
 from benchmark_memory import memory
+from benchmark_resample import resample
 from machine import cpu
 
 import rosa_func
@@ -132,32 +132,17 @@ def speed(s: Settings, rank: int) -> Part:
     return rows, raw | {f"trainable values, r={rank}": values}
 
 
-def resample(s: Settings) -> Part:
-    """Time a resample of all weights beside their SVDs, with as many threads, and E2E's steps."""
-    rank, model = s.ranks[0], gpt2(s.model)
-    state = rosa_func.init(model, rank)
-    weights = rosa_func.merge(state)
-    matrices = [weights[name] for name in state["input_dim"].keys()]
-    projection = partial(rosa_func.resample, sampler=rosa_func.samplers.projection)
-    work = {
-        "svd": partial(timed, lambda: [torch.linalg.svd(W, full_matrices=False) for W in matrices]),
-        "random": partial(timed, partial(rosa_func.resample, state, 1)),
-        "projection": partial(timed, partial(projection, state, 1)),
-        # 8 references of E2E, taken to be 64 tokens each with their padding.
-        "step": partial(train_step, rosa_of(model, state), *tokens(model.config, (8, 64))),
-    }
-    # No warm-up: `init` has decomposed the same matrices, and a round of SVDs takes long.
-    times = interleave(work, max(3, s.rounds // 2), 0, "resample")
-    epoch = [E2E_STEPS * seconds for seconds in times["step"]["step"]]
-    rows = []
-    for name, least in (("random", 6.0), ("projection", 50.0)):
-        seconds, setting = times[name]["seconds"], f"{name}, r={rank}"
-        svd = times["svd"]["seconds"]
-        label = f"{len(matrices)} SVDs / resample"
-        rows.append(compare(label, setting, svd, seconds, ("at least", least)))
+def resample_and_limits(s: Settings) -> Part:
+    """Compare resamples of all weights with SVDs, with their limits and with an epoch of E2E."""
+    times, rows = resample(s), []
+    svd, epoch = times["svd"]["seconds"], [E2E_STEPS * one for one in times["step"]["step"]]
+    for name, least, limit in (("random", 6.0, "eigh"), ("projection", 50.0, "products")):
+        seconds, setting = times[name]["seconds"], f"{name}, r={s.ranks[0]}"
+        rows.append(compare("SVDs / resample", setting, svd, seconds, ("at least", least)))
+        rows.append(compare(f"SVDs / its {limit} alone", setting, svd, times[limit]["seconds"]))
         label = f"resample / epoch of E2E ({E2E_STEPS:,} x 8x64)"
         rows.append(compare(label, setting, seconds, epoch))
-    return rows, {f"resample, r={rank}": times}
+    return rows, {f"resample, r={s.ranks[0]}": times}
 
 
 def inference(s: Settings) -> Part:
@@ -287,7 +272,7 @@ def main() -> None:
     works: dict[str, list[Callable[[], Part]]] = {
         "memory": [partial(peak_memory, s)],
         "speed": [partial(speed, s, rank) for rank in s.ranks],
-        "resample": [partial(resample, s)],
+        "resample": [partial(resample_and_limits, s)],
         "inference": [partial(inference, s)],
         "growth": [partial(growth_and_plot, s, args.out)],
     }
