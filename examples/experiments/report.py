@@ -38,7 +38,8 @@ COLUMNS = """\
   the ratio, likewise; what is below the square of float64's rounding, 5e-32, counts as that;
 - *MiB*: peak of training above the imports, mostly data and activations where the model is small;
 - *time*: of a whole run with its draws over full fine-tuning's, from median steps, in turn with
-  nothing else running: full fine-tuning has its turn in every round, in the table or not."""
+  nothing else running: full fine-tuning has its turn in every round, in the table or not; cycles
+  that are solved exactly have neither time nor MiB."""
 POLICIES = {
     "regression": "All weights are matrices; there are no biases.",
     "glue": "full trains every parameter; the others the matrices of the encoder's linear layers "
