@@ -136,7 +136,10 @@ def resample_and_limits(s: Settings) -> Part:
     """Compare resamples of all weights with SVDs, with their limits and with an epoch of E2E."""
     times, rows = resample(s), []
     svd, epoch = times["svd"]["seconds"], [E2E_STEPS * one for one in times["step"]["step"]]
-    for name, least, limit in (("random", 6.0, "eigh"), ("projection", 50.0, "products")):
+    for name, least, limit in (
+        ("random", 6.0, "eigh and products"),
+        ("projection", 50.0, "products"),
+    ):
         seconds, setting = times[name]["seconds"], f"{name}, r={s.ranks[0]}"
         rows.append(compare("SVDs / resample", setting, svd, seconds, ("at least", least)))
         rows.append(compare(f"SVDs / its {limit} alone", setting, svd, times[limit]["seconds"]))
