@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -29,7 +30,13 @@ def compose(state: TensorDict) -> dict[str, Tensor]:
         x W = x R + (x A) B,
 
     and so never form the gradient of W. Whatever else is asked of it forms the dense weight:
-    slower, still right. Differentiate with respect to `state["trainable"]`.
+    slower, still right; to write to it is an error. Code that torch subclasses cannot follow
+    (`torch.jit.script`, `torch.tensor(weight)`, `torch.func.vmap` over it) sees NaN.
+    Differentiate with respect to `state["trainable"]`.
+
+    `functional_call` with these weights lets BatchNorm in training mode write to the buffers, which
+    the state shares with the model, and puts a module that is registered under two names back
+    wrongly; `call` does neither.
 
     Args:
         state: a state of `init` or `resample`.
@@ -93,9 +100,9 @@ def call(model: nn.Module, state: TensorDict, /, *args: Any, **kwargs: Any) -> A
     weights = _fitted(model, state)
     refuse_wrong_checkpointing(model)
     if torch.compiler.is_compiling():  # which has no second forward pass in Python
-        return functional_call(model, weights, args, kwargs)
+        return functional_call(model, weights, args, kwargs, tie_weights=False)
     with weights_for_backward(model, weights):
-        return functional_call(model, weights, args, kwargs)
+        return functional_call(model, weights, args, kwargs, tie_weights=False)
 
 
 @contextmanager
@@ -132,14 +139,25 @@ def bind(model: nn.Module, state: TensorDict) -> Iterator[nn.Module]:
 
 
 def _fitted(model: nn.Module, state: TensorDict) -> dict[str, Tensor]:
-    """Return the composed weights, checked, with the buffers that a forward pass may write to."""
+    """Return the composed weights, checked, with the buffers that a forward pass may write to.
+
+    Tied ones come in each place, and a module that is in two places itself counts as one place:
+    left to find the ties, torch would swap its weights twice, and the second time put back the
+    first time's.
+    """
     weights = compose(state)
     check_fit(model, weights)
+    both = chain(model.named_parameters(), targets.persistent_buffers(model))
+    by_tensor = {id(tensor): weights[name] for name, tensor in both}
+    for module in model.modules():
+        for buffer in module.buffers(recurse=False) if module.training else ():
+            by_tensor[id(buffer)] = by_tensor.get(id(buffer), buffer).clone()
+    placed = {}
     for prefix, module in model.named_modules():
-        if module.training:
-            for name, buffer in module.named_buffers(prefix, recurse=False):
-                weights[name] = weights.get(name, buffer).clone()
-    return weights
+        for name, tensor in chain(module._parameters.items(), module._buffers.items()):
+            if tensor is not None and id(tensor) in by_tensor:
+                placed[f"{prefix}.{name}" if prefix else name] = by_tensor[id(tensor)]
+    return placed
 
 
 def skeleton(model: nn.Module) -> nn.Module:

@@ -1,5 +1,6 @@
 """The composed weight: a tensor that stands for R + A B without forming it."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -38,17 +39,56 @@ class Composed(Tensor):
                 result = _RULES[func](func, *args, **kwargs)
                 if result is not NotImplemented:
                     return result
+            if args and isinstance(args[0], Composed) and _writes(func.__name__):
+                raise TypeError(
+                    f"{func.__name__} would write to a weight of shape {tuple(args[0].R.shape)} "
+                    "that stands for R + A B: make a new tensor of it, or leave it out of targets"
+                )
             args, kwargs = tree_map(_dense, (args, kwargs))
             return func(*args, **kwargs)
 
 
 def composed(R: Tensor, A: Tensor, B: Tensor) -> Composed:
     """Return a tensor that looks like R and stands for R + A B; A and B take R's dtype."""
-    weight = R.as_subclass(Composed)
-    weight.R = R
-    weight.A = A.to(R.dtype)
-    weight.B = B.to(R.dtype)
+    A, B = A.to(R.dtype), B.to(R.dtype)
+    plain = _is_plain(R) and torch.is_grad_enabled() and (A.requires_grad or B.requires_grad)
+    weight = (_Outside.apply(R, A, B) if plain else _nothing_like(R)).as_subclass(Composed)  # type: ignore[no-untyped-call]
+    weight.R, weight.A, weight.B = R, A, B
     return weight
+
+
+def _nothing_like(R: Tensor) -> Tensor:
+    """Return NaN of R's shape, without its memory: no code may take R alone for the weight."""
+    return R.new_full((), math.nan).expand(R.shape)
+
+
+class _Outside(torch.autograd.Function):
+    """The gradient of a weight that is used where `__torch_function__` is not asked.
+
+    Such as in an autograd.Function of the model's own, whose forward pass sees R + A B and whose
+    backward pass returns the gradient of the whole.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, R: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        ctx.save_for_backward(A, B)
+        return _nothing_like(R)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        A, B = ctx.saved_tensors
+        needs_R, needs_A, needs_B = ctx.needs_input_grad
+        rows = d.flatten(1)
+        return (
+            d if needs_R else None,
+            rows @ B.t() if needs_A else None,
+            A.t() @ rows if needs_B else None,
+        )
+
+
+def _writes(name: str) -> bool:
+    """Tell whether an operation of that name writes to its first argument."""
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 def _dense(value: Any) -> Any:
@@ -185,6 +225,11 @@ def _transpose(func: Any, w: Any, *dims: Any, **named: Any) -> Any:
     return composed(w.R.t(), w.B.t(), w.A.t())
 
 
+def _requires_grad(func: Any, w: Any) -> bool:
+    # Not that of a dense weight, which is False where gradients are off.
+    return bool(w.R.requires_grad or w.A.requires_grad or w.B.requires_grad)
+
+
 def _only_weight(w: Any, *others: Any) -> bool:
     return isinstance(w, Composed) and not any(isinstance(other, Composed) for other in others)
 
@@ -211,6 +256,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
         [torch.t, Tensor.t, torch.transpose, Tensor.transpose, *map(_getter, ("T", "mT"))],
         _transpose,
     ),
+    _getter("requires_grad"): _requires_grad,
 }
 
 # What the rules take by name; whatever else is given so is left to the dense weight.

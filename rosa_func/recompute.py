@@ -36,7 +36,7 @@ def recompute() -> tuple[AbstractContextManager[object], AbstractContextManager[
 
 
 class Reparametrized(AbstractContextManager[None]):
-    """Models with other weights in them, as often as it is entered."""
+    """Models with other weights in them, in each place one, as often as it is entered."""
 
     def __init__(self, *pairs: tuple[nn.Module, dict[str, Tensor]]) -> None:
         """Remember the models and their weights."""
@@ -46,7 +46,7 @@ class Reparametrized(AbstractContextManager[None]):
         """Put the weights in, as `functional_call` does."""
         self._stack = ExitStack()
         for model, weights in self._pairs:
-            self._stack.enter_context(_reparametrize_module(model, weights, tie_weights=True))
+            self._stack.enter_context(_reparametrize_module(model, weights))
 
     def __exit__(self, *raised: object) -> None:
         """Put the models' own weights back."""

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import rosa_func
@@ -333,10 +334,136 @@ def test_batch_norm_in_training_does_not_write_into_the_model_or_the_state(train
     assert snapshot(model) != before  # the model's own forward pass does write
 
 
-def test_a_module_used_twice_has_one_weight():
-    layer = nn.Linear(6, 6)
-    model = nn.Sequential(layer, nn.Tanh(), layer)
+class TwoNames(nn.Module):
+    """One layer registered under two names, whose weight is another module's as well."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.again, self.other = self.first, nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        if tied:
+            self.other.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 0:
+            raise RuntimeError("no rows")
+        return self.other(torch.tanh(self.again(torch.tanh(self.norm(self.first(x))))))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_module_under_two_names_has_one_weight_and_keeps_it(tied, training):
+    model, x = seeded(lambda: TwoNames(tied)).train(training), randn(3, 6)
     state = perturbed(rosa_func.init(model, 2))
-    assert list(state["trainable"].keys()) == ["0.weight"]
-    expected = functional_call(model, dense(state), (randn(3, 6),))
-    assert distance(rosa_func.call(model, state, randn(3, 6)), expected) <= 1e-6
+    names = ["first.weight"] if tied else ["first.weight", "other.weight"]
+    assert list(state["trainable"].keys()) == names
+    before = snapshot(model)
+    result = rosa_func.call(model, state, x)
+    assert snapshot(model) == before
+    rosa_func.parameters(state)
+    rosa_func.call(model, state, x).sum().backward()
+    with rosa_func.bind(model, state) as bound:
+        assert torch.equal(bound(x), result)
+    with pytest.raises(RuntimeError, match="no rows"):
+        rosa_func.call(model, state, x[:0])
+    assert snapshot(model) == before
+    other = seeded(lambda: TwoNames(tied)).train(training)
+    other.load_state_dict(rosa_func.merge(state), strict=False)
+    assert distance(result, other(x)) <= 1e-5
+    skeleton = rosa_func.skeleton(model)
+    assert torch.equal(rosa_func.call(skeleton, state, x), result)
+    assert all(p.is_meta for p in skeleton.parameters())
+
+
+def test_buffers_of_two_modules_may_be_one():
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4)).train()
+    model[2].running_mean = model[1].running_mean
+    state, x = rosa_func.init(model, 2), randn(5, 6)
+    before = snapshot(model)
+    result = rosa_func.call(model, state, x)
+    assert snapshot(model) == before
+    assert distance(result, model(x)) <= 1e-5
+
+
+# What __torch_function__ is not asked about.
+
+
+class OwnProduct(torch.autograd.Function):
+    """A product with a backward pass of its own."""
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        return x @ w.t()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, d: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return d @ w, d.t() @ x
+
+
+def reentrant(x: Tensor, w: Tensor) -> Tensor:
+    return checkpoint(F.linear, x, w, use_reentrant=True)
+
+
+class Uses(nn.Linear):
+    """A linear layer that multiplies in a way of its own."""
+
+    def __init__(self, product) -> None:
+        super().__init__(6, 5)
+        self.product = product
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight) + self.bias
+
+
+@pytest.mark.parametrize("product", [OwnProduct.apply, reentrant], ids=["own", "reentrant"])
+def test_code_with_a_backward_pass_of_its_own_gives_the_factors_their_gradients(product):
+    model, x = seeded(lambda: Uses(product)), randn(4, 6).requires_grad_()
+    state = perturbed(rosa_func.init(model, 2))
+    leaves = rosa_func.named_parameters(state)
+    rosa_func.call(model, state, x).square().sum().backward()
+    dW = weights_gradients(nn.Linear(6, 5), state, x.detach())["weight"]
+    A, B = leaves["weight.A"], leaves["weight.B"]
+    assert distance(A.grad, dW @ B.T) <= 1e-5 and distance(B.grad, A.T @ dW) <= 1e-5
+
+
+def test_such_code_has_its_gradients_under_a_transform_too():
+    model, x = seeded(lambda: Uses(OwnProduct.apply)), randn(4, 6)
+    state = perturbed(rosa_func.init(model, 2))
+
+    def loss(trainable):
+        full = state.replace({"trainable": trainable})
+        return rosa_func.call(model, full, x).square().sum()
+
+    found = torch.func.grad(loss)(state["trainable"])["weight"]
+    dW = weights_gradients(nn.Linear(6, 5), state, x)["weight"]
+    factors = state["trainable", "weight"]
+    assert distance(found["A"], dW @ factors["B"].T) <= 1e-5
+    assert distance(found["B"], factors["A"].T @ dW) <= 1e-5
+
+
+def test_code_that_subclasses_cannot_follow_sees_no_weight_without_its_change():
+    state = rosa_func.init(nn.Linear(6, 5), 2)
+    weight = rosa_func.compose(state)["weight"]
+    assert torch.func.vmap(lambda row: row.sum())(weight).isnan().all()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.clamp_(-1, 1),
+        lambda w: w.copy_(torch.zeros(5, 6)),
+        lambda w: w.__setitem__(0, 1.0),
+        lambda w: nn.init.zeros_(w),
+    ],
+    ids=["clamp_", "copy_", "item", "init"],
+)
+def test_a_composed_weight_cannot_be_written_to(write):
+    weight = rosa_func.compose(rosa_func.init(nn.Linear(6, 5), 2))["weight"]
+    with pytest.raises(TypeError, match=r"would write to a weight of shape \(5, 6\)"):
+        write(weight)
