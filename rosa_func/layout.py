@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from rosa_func.exact import compensation_dtype
@@ -19,6 +19,8 @@ class Split(NamedTuple):
 
 def adapted(state: TensorDict) -> list[str]:
     """Return the adapted names, after making sure that no entry of the state is missing."""
+    if not isinstance(state, TensorDictBase):
+        raise TypeError(f"the state is a TensorDict, got {type(state).__name__}")
     if missing := [
         part for part in ("frozen", "trainable", "input_dim") if part not in state.keys()
     ]:
@@ -66,8 +68,9 @@ def parts(state: TensorDict, name: str) -> Split:
 
 def _check_compensation(state: TensorDict, names: list[str]) -> None:
     """Refuse a compensation that lacks a weight: it is kept for all of them, or all of 16 bit."""
-    kept = set(state["compensation"].keys())
-    by_default = [n for n in names if compensation_dtype(state["frozen", n].dtype, None)]
-    expected = by_default if kept and kept <= set(by_default) else names
+    kept = dict(state["compensation"].items())
+    default = {n: compensation_dtype(state["frozen", n].dtype, None) for n in names}
+    as_default = kept and all(c.dtype == default.get(n) for n, c in kept.items())
+    expected = [n for n in names if default[n]] if as_default else names
     if missing := [name for name in expected if name not in kept]:
         raise KeyError(f"the state lacks the compensation of {missing[0]}")

@@ -61,7 +61,7 @@ def init_from(
         TypeError: as `init`.
 
     Example:
-        >>> import rosa_func, tempfile, transformers
+        >>> import rosa_func, tempfile, torch, transformers
         >>> sizes = {"n_layer": 1, "n_embd": 12, "n_head": 2, "vocab_size": 9}
         >>> config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -71,6 +71,9 @@ def init_from(
         torch.Size([1, 2, 9])
     """
     folder = Path(path)
+    if dtype is not None and dtype not in _DTYPES.values():
+        known = ", ".join(str(known) for known in _DTYPES.values())
+        raise TypeError(f"dtype is None or one of {known}, got {dtype!r}")
     with ExitStack() as stack:
         files = _Files(folder, stack)
         model = _weightless(folder, dtype or files.dtype())

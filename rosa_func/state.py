@@ -1,6 +1,6 @@
 """The life of a state: init, resample, merge."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rosa_func import exact as arithmetic
 from rosa_func import keys, samplers
 from rosa_func import targets as targeting
+from rosa_func.draw import check_sampler, draw, draw_all
 from rosa_func.layout import Split, check, parts
 from rosa_func.parallel import map_weights
 from rosa_func.samplers import Sampler, Site
@@ -46,9 +47,9 @@ def init(
             paper's: on text no other was found to be better at more than one rank
             (examples/experiments/RESULTS.md, `samplers` and `e2e-samplers`).
         targets: None for every `nn.Linear` and `Conv1D` weight of the backbone; a string or
-            strings, where "c_attn" means the weight of each module of that name, and anything
-            with `*` or `.` is an fnmatch pattern on parameter names; or a predicate
-            `(name, owning module) -> bool`.
+            strings, where "c_attn" or "attn.c_attn" means the weight of each module whose name
+            ends so, and anything with `*` is an fnmatch pattern on names of modules or
+            parameters; or a predicate `(name, owning module) -> bool`.
         train: names or patterns of parameters trained in full; "head" for a task head.
         exact: keep what rounding took from R, so that a merge returns W bit for bit (True), or
             not (False). None keeps it for 16-bit weights only, in their own dtype, which is
@@ -63,7 +64,8 @@ def init(
         ValueError: for a rank out of range, a pattern without a match, a weight both adapted and
             in `train`, non-finite or meta weights, `max_norm` embeddings, nothing to adapt, or a
             decomposition that does not converge.
-        TypeError: for a rank, key, pattern, `exact` or weight of the wrong type or dtype.
+        TypeError: for a model, rank, key, sampler, pattern, `exact` or weight of the wrong type
+            or dtype.
 
     Warns:
         UserWarning: if a task head would stay frozen at its random start.
@@ -79,8 +81,8 @@ def init(
         >>> torch.allclose(rosa_func.merge(state)["0.weight"], model[0].weight, atol=1e-6)
         True
     """
-    targeting.refuse_meta(model)
     tensors = targeting.tensors(model)
+    targeting.refuse_meta(model)
     return start(model, tensors.__getitem__, r, key, sampler, targets, train, exact)
 
 
@@ -96,6 +98,7 @@ def start(
 ) -> TensorDict:
     """Do what `init` does, with the tensors of the model as `read` gives them by name."""
     keys.check_key(key)
+    check_sampler(sampler)
     if exact is not None and not isinstance(exact, bool):
         raise TypeError(f"exact is True, False or None, got {exact!r}")
     plan = targeting.plan(model, targets, train)
@@ -107,13 +110,13 @@ def start(
 
     def work(name: str) -> Split | None:
         W = read(name)
+        targeting.refuse_dtype(name, W)  # what a file holds need not be what its config says
         site = Site(name, plan.adapted[name], keys.generator(key, "init", name))
         kept = arithmetic.compensation_dtype(W.dtype, exact)
-        return _draw(W, ranks[name], sampler, site, W.dtype, kept)
+        return draw(W, ranks[name], sampler, site, W.dtype, kept)
 
     full = {name: read(name).clone() for name in plan.full}
-    bad = [name for name, value in full.items() if not _all_finite(value)]
-    splits = _splits(work, plan.adapted, bad)
+    splits = draw_all(work, plan.adapted, full)
     # In the model's own order, the residuals in the place of the weights.
     frozen = {
         name: splits[name].R if name in splits else read(name)
@@ -170,6 +173,7 @@ def resample(
         True
     """
     keys.check_key(key)
+    check_sampler(sampler)
     adapted = check(state)
     if r is not None:
         targeting.check_rank_patterns(r, adapted)
@@ -179,15 +183,15 @@ def resample(
         rank = A.shape[1] if r is None else targeting.rank(r, name, (A.shape[0], B.shape[1]))
         site = Site(name, int(state["input_dim", name]), keys.generator(key, "resample", name))
         W = arithmetic.join(R, A, B, c).view(state["frozen", name].shape)
-        return _draw(W, rank, sampler, site, R.dtype, None if c is None else c.dtype, own=True)
+        return draw(W, rank, sampler, site, R.dtype, None if c is None else c.dtype, own=True)
 
-    splits = _splits(work, adapted)
-    frozen = dict(state["frozen"].items()) | {name: split.R for name, split in splits.items()}
     full = {
         name: value.detach().clone()
         for name, value in state["trainable"].items()
         if isinstance(value, Tensor)
     }
+    splits = draw_all(work, adapted, full)
+    frozen = dict(state["frozen"].items()) | {name: split.R for name, split in splits.items()}
     return _assemble(frozen, splits, full, dict(state["input_dim"].items()))
 
 
@@ -233,55 +237,6 @@ def _matrix_shape(name: str, shape: torch.Size) -> tuple[int, int]:
     if shape.numel() == 0:
         raise ValueError(f"{name} is empty, of shape {tuple(shape)}: nothing to factor")
     return shape[0], shape.numel() // shape[0]
-
-
-def _draw(
-    W: Tensor,
-    r: int,
-    sampler: Sampler,
-    site: Site,
-    dtype: torch.dtype,
-    kept: torch.dtype | None,
-    own: bool = False,
-) -> Split | None:
-    """Draw the factors of W and split it, in W's shape; None if W is not finite."""
-    if not _all_finite(W):
-        return None
-    try:
-        A, B = sampler(W.flatten(1).to(arithmetic.factor_dtype(dtype)), r, site)
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise ValueError(f"the decomposition of {site.name} did not converge: {error}") from error
-    if A.shape[1:] != B.shape[:1] or (*A.shape[:1], *B.shape[1:]) != W.flatten(1).shape:
-        raise ValueError(
-            f"the sampler's factors of {site.name} have shapes {tuple(A.shape)} and "
-            f"{tuple(B.shape)}, whose product is not {tuple(W.flatten(1).shape)}"
-        )
-    A, B = arithmetic.aligned(A), arithmetic.aligned(B)  # copies: a sampler may return views of W
-    R, c = arithmetic.split(W.flatten(1), A, B, dtype, kept, own)
-    if dtype == torch.float16 and not _all_finite(R):
-        raise ValueError(
-            f"the residual of {site.name} is beyond float16's largest value, 65504; use bfloat16"
-        )
-    return Split(R.view(W.shape), A, B, None if c is None else c.view(W.shape))
-
-
-def _splits(
-    work: Callable[[str], Split | None], names: Collection[str], bad: Collection[str] = ()
-) -> dict[str, Split]:
-    """Return {name: work(name)}; refuse all weights that are not finite, and `bad`, at once."""
-    splits = dict(zip(names, map_weights(work, names), strict=True))
-    if bad := [*(name for name, split in splits.items() if split is None), *bad]:
-        raise ValueError(
-            f"{', '.join(bad)}: non-finite values; load other weights, or lower the learning rate"
-        )
-    return {name: split for name, split in splits.items() if split is not None}
-
-
-def _all_finite(W: Tensor) -> bool:
-    if W.sum().isfinite():  # twice as quick; finite values may overflow in it
-        return True
-    low, high = W.aminmax()  # one pass without a mask; NaN shows in both
-    return bool(low.isfinite() and high.isfinite())
 
 
 def _assemble(

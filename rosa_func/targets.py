@@ -18,10 +18,10 @@ Targets = str | Iterable[str] | Predicate | None
 
 
 class Parameter(NamedTuple):
-    """One parameter of a model: the module that owns it, and every name it has."""
+    """One parameter of a model: the modules that own it, and every name it has."""
 
     value: Tensor
-    owner: nn.Module
+    owners: list[nn.Module]
     names: list[str]
 
 
@@ -34,6 +34,8 @@ class Plan(NamedTuple):
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and the persistent buffers, a tied one once, under its first name."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model is an nn.Module, got {type(model).__name__}")
     both = chain(model.named_parameters(), persistent_buffers(model))
     return {name: tensor.detach() for name, tensor in both}
 
@@ -76,9 +78,9 @@ def plan(model: nn.Module, targets: Targets, train: str | Iterable[str]) -> Plan
             "take it out of `targets` or out of `train`"
         )
     for name in [*adapted, *full]:
-        _refuse_dtype(name, parameters[name].value)
+        refuse_dtype(name, parameters[name].value)
     _warn_of_frozen_head(model, head, {*adapted, *full})
-    return Plan({name: _input_dim(parameters[name].owner) for name in adapted}, full)
+    return Plan({name: _input_dim(parameters[name].owners[0]) for name in adapted}, full)
 
 
 def rank(r: Rank, name: str, shape: tuple[int, int]) -> int:
@@ -100,7 +102,7 @@ def rank(r: Rank, name: str, shape: tuple[int, int]) -> int:
             raise ValueError(
                 f"a fractional rank lies in (0, 1), got {r!r}; pass an int for a rank as such"
             )
-        return max(1, int(r * limit))
+        return max(1, int(round(r * limit, 9)))  # 0.29 of 100 is 28.999999999999996
     if r < 1:
         raise ValueError(f"a rank is at least 1, got {r}")
     if r > limit:
@@ -118,7 +120,7 @@ def check_rank_patterns(r: Rank, names: Iterable[str]) -> None:
         if not isinstance(pattern, str):
             raise TypeError(f"a mapping of ranks has patterns as its keys, got {pattern!r}")
         if not any(_names_weight(pattern, name) for name in names):
-            raise ValueError(f"{pattern!r} in r {_matches_nothing(pattern, names)}")
+            raise ValueError(f"{pattern!r} in r {_matches_nothing(pattern, names, _names_weight)}")
 
 
 def _parameters(model: nn.Module) -> dict[str, Parameter]:
@@ -127,7 +129,8 @@ def _parameters(model: nn.Module) -> dict[str, Parameter]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, value in module._parameters.items():
             if value is not None:
-                entry = found.setdefault(id(value), Parameter(value, module, []))
+                entry = found.setdefault(id(value), Parameter(value, [], []))
+                entry.owners.append(module)
                 entry.names.append(f"{prefix}.{name}" if prefix else name)
     return {name: found[id(value)] for name, value in model.named_parameters()}
 
@@ -150,7 +153,8 @@ def _refuse_max_norm(model: nn.Module) -> None:
             )
 
 
-def _refuse_dtype(name: str, weight: Tensor) -> None:
+def refuse_dtype(name: str, weight: Tensor) -> None:
+    """Refuse a weight that cannot be split, or whose values would not be kept."""
     if weight.dtype not in exact.SUPPORTED:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in exact.SUPPORTED)
         raise TypeError(f"{name} is of dtype {weight.dtype}; it must be one of {known}")
@@ -191,15 +195,16 @@ def _full(
         found = head if pattern == "head" else []
         found = found or _select(parameters, pattern, _names_part)
         if not found:
-            raise ValueError(f"{pattern!r} in train {_matches_nothing(pattern, parameters)}")
+            near = _matches_nothing(pattern, parameters, _names_part)
+            raise ValueError(f"{pattern!r} in train {near}")
         chosen.update(found)
     return [name for name in parameters if name in chosen]
 
 
 def _adapted(parameters: dict[str, Parameter], targets: Targets) -> list[str]:
     """Return the adapted names: those chosen that are matrices."""
-    if callable(targets):
-        chosen = {name for name, p in parameters.items() if targets(name, p.owner)}
+    if callable(targets) and not isinstance(targets, type):
+        chosen = {name for name, p in parameters.items() if targets(name, p.owners[0])}
         if not chosen:
             raise ValueError("the predicate given as targets chose no parameter")
         _refuse_vectors("the predicate given as targets", chosen, parameters)
@@ -208,7 +213,9 @@ def _adapted(parameters: dict[str, Parameter], targets: Targets) -> list[str]:
         for pattern in _patterns(targets, "targets"):
             found = _select(parameters, pattern, _names_weight)
             if not found:
-                raise ValueError(f"{pattern!r} in targets {_matches_nothing(pattern, parameters)}")
+                matrices = [name for name, p in parameters.items() if p.value.ndim >= 2]
+                near = _matches_nothing(pattern, matrices, _names_weight)
+                raise ValueError(f"{pattern!r} in targets {near}")
             _refuse_vectors(f"{pattern!r} in targets", found, parameters)
             chosen.update(found)
         if not chosen:
@@ -229,7 +236,8 @@ def _refuse_vectors(who: str, found: Iterable[str], parameters: dict[str, Parame
 def _patterns(given: Any, argument: str) -> list[str]:
     patterns = [given] if isinstance(given, str) else given
     if not isinstance(patterns, Iterable):
-        raise TypeError(f"{argument} takes a string or strings, got {given!r}")
+        either = " or a predicate (name, module) -> bool" if argument == "targets" else ""
+        raise TypeError(f"{argument} takes a string or strings{either}, got {given!r}")
     patterns = list(patterns)
     if wrong := [p for p in patterns if not isinstance(p, str)]:
         raise TypeError(
@@ -247,10 +255,16 @@ def _select(
 
 
 def _names_weight(pattern: str, name: str) -> bool:
-    """Match "c_attn" to the weight of each module of that name, anything with * or . by fnmatch."""
-    if "*" in pattern or "." in pattern:
-        return fnmatchcase(name, pattern)
-    return name == pattern or f".{name}".endswith(f".{pattern}.weight")
+    """Match "c_attn" or "attn.c_attn" to the weight of each module whose name ends so.
+
+    With * or a dot also by fnmatch, to the name of the parameter or of its module.
+    """
+    if name == pattern or f".{name}".endswith(f".{pattern}.weight"):
+        return True
+    module = name.removesuffix(".weight")
+    return ("*" in pattern or "." in pattern) and any(
+        fnmatchcase(which, pattern) for which in {name, module}
+    )
 
 
 def _names_part(pattern: str, name: str) -> bool:
@@ -260,10 +274,14 @@ def _names_part(pattern: str, name: str) -> bool:
     return pattern in name.split(".")
 
 
-def _matches_nothing(pattern: str, names: Iterable[str]) -> str:
+def _matches_nothing(
+    pattern: str, names: Iterable[str], matches: Callable[[str, str], bool]
+) -> str:
+    """Say so, with the closest of what would have matched."""
     names = list(names)
     parts = {part for name in names for part in name.split(".") if not part.isdigit()}
-    candidates = names if "*" in pattern or "." in pattern else [*sorted(parts), *names]
+    plain = [part for part in sorted(parts) if any(matches(part, name) for name in names)]
+    candidates = names if "*" in pattern or "." in pattern else [*plain, *names]
     near = difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.0)
     return f"matches no parameter; the closest names are {', '.join(near)}"
 
@@ -273,8 +291,9 @@ def _some(names: list[str]) -> str:
 
 
 def _is_linear(parameter: Parameter, name: str) -> bool:
-    owner = parameter.owner
-    return name.split(".")[-1] == "weight" and (isinstance(owner, nn.Linear) or is_conv1d(owner))
+    """Tell the weight of linear layers and of nothing else: not one tied to an embedding."""
+    linear = (isinstance(owner, nn.Linear) or is_conv1d(owner) for owner in parameter.owners)
+    return name.split(".")[-1] == "weight" and all(linear)
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -72,3 +72,13 @@ def test_each_weight_that_has_a_compensation_must_have_it(exact):
     del state["compensation", "0.weight"]
     with pytest.raises(KeyError, match=r"compensation of 0\.weight"):
         rosa_func.merge(state)
+
+
+def test_the_compensation_of_a_float32_weight_beside_16_bit_ones_is_missed_too():
+    """Of an exact state, whose 16-bit weights have theirs in float64."""
+    model = small()
+    model[0].bfloat16()
+    state = rosa_func.init(model, 2, exact=True)
+    del state["compensation", "2.weight"]
+    with pytest.raises(KeyError, match=r"compensation of 2\.weight"):
+        rosa_func.merge(state)

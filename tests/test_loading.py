@@ -112,6 +112,17 @@ class TestRefusals:
         with pytest.raises(FileNotFoundError, match=r"there is no .*config.json"):
             rosa_func.init_from(tmp_path, 2)
 
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float8_e4m3fn])
+    def test_a_stored_weight_of_a_dtype_that_cannot_be_split(self, tmp_path: Path, dtype):
+        seeded(gpt2).save_pretrained(tmp_path)
+        file, name = tmp_path / "model.safetensors", "transformer.h.0.attn.c_attn.weight"
+        tensors = load_file(file)
+        save_file({**tensors, name: tensors[name].to(dtype)}, file)
+        with pytest.raises(TypeError, match=rf"{name} is of dtype {dtype}; it must be one of"):
+            rosa_func.init_from(tmp_path, 2)
+        with pytest.raises(TypeError, match=r"dtype is None or one of .* got 'float32'"):
+            rosa_func.init_from(tmp_path, 2, dtype="float32")
+
     def test_weights_that_transformers_renames_while_loading_are_left_to_it(self, tmp_path: Path):
         stock("vit").model.save_pretrained(tmp_path)
         with pytest.raises(KeyError, match="from_pretrained, which knows old and new names"):

@@ -11,6 +11,7 @@ from torch import nn
 
 import rosa_func
 from rosa_func import samplers
+from rosa_func import targets as targeting
 
 ATTENTION = "transformer.h.0.attn.c_attn.weight"
 WORDS = "transformer.wte.weight"
@@ -45,7 +46,7 @@ def refused(error: type[Exception], *parts: str, model: nn.Module | None = None,
 def test_a_fraction_is_of_the_smaller_side_rounded_down_and_at_least_one(m, n, fraction):
     model = nn.Sequential(nn.Linear(n, m))
     if fraction > 0:
-        assert adapted(model, fraction) == {"0.weight": max(1, int(fraction * min(m, n)))}
+        assert adapted(model, fraction) == {"0.weight": max(1, int(fraction * min(m, n) + 1e-9))}
 
 
 def test_the_first_match_of_a_mapping_counts():
@@ -103,6 +104,13 @@ def wide() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8), nn.Linear(4, 5))
 
 
+@given(st.integers(1, 99), st.integers(1, 200))
+def test_a_decimal_fraction_is_taken_as_written(hundredths, limit):
+    """0.29 of 100 is 29, though the float next to 0.29 times 100 is 28.999999999999996."""
+    fraction = float(f"0.{hundredths:02}")
+    assert targeting.rank(fraction, "w", (limit, 500)) == max(1, hundredths * limit // 100)
+
+
 # Targets.
 
 
@@ -117,12 +125,26 @@ def test_an_alias_means_the_tied_weight(targets):
         ("c_attn", [ATTENTION]),
         (ATTENTION, [ATTENTION]),
         ("*attn.c_proj.weight", ["transformer.h.0.attn.c_proj.weight"]),
+        ("attn.c_proj", ["transformer.h.0.attn.c_proj.weight"]),
+        ("transformer.h.0.attn.c_proj", ["transformer.h.0.attn.c_proj.weight"]),
+        ("*.h.?.attn.c_proj", ["transformer.h.0.attn.c_proj.weight"]),
         (["wpe", "c_attn"], ["transformer.wpe.weight", ATTENTION]),
         ("*c_attn*", [ATTENTION]),  # the bias, a vector, is passed over
         (lambda name, owner: "c_attn" in name, [ATTENTION]),
         (lambda name, owner: owner.__class__ is nn.Embedding, [WORDS, "transformer.wpe.weight"]),
     ],
-    ids=["name", "full name", "glob", "list", "vectors", "predicate of names", "and of modules"],
+    ids=[
+        "name",
+        "full name",
+        "glob",
+        "path",
+        "full path",
+        "glob of paths",
+        "list",
+        "vectors",
+        "predicate of names",
+        "and of modules",
+    ],
 )
 def test_patterns_and_predicates(targets, names):
     assert list(adapted(seeded(lambda: gpt2(layers=1)), targets=targets)) == names
@@ -132,6 +154,10 @@ def test_patterns_and_predicates(targets, names):
     "options, error, parts",
     [
         ({"targets": "attn.c_attn.weight"}, ValueError, ["'attn.c_attn.weight'", ATTENTION]),
+        ({"targets": "attn"}, ValueError, ["'attn' in targets", "names are c_attn,"]),
+        ({"targets": "attention"}, ValueError, ["'attention' in targets", "c_attn"]),
+        ({"targets": nn.Linear}, TypeError, ["predicate", "Linear"]),
+        ({"sampler": "lora"}, TypeError, ["samplers.random", "'lora'"]),
         ({"targets": "c_atn"}, ValueError, ["'c_atn'", "targets", "c_attn"]),
         ({"targets": "*c_atn.weight"}, ValueError, ["matches no parameter", "c_attn.weight"]),
         ({"targets": ["c_attn", "querry"]}, ValueError, ["'querry'", "closest names"]),
@@ -158,6 +184,44 @@ def test_patterns_and_predicates(targets, names):
 )
 def test_arguments_of_init_that_are_refused(options, error, parts):
     refused(error, *parts, model=seeded(gpt2), **options)
+
+
+@pytest.mark.parametrize("pattern", ["attn", "attention", "mlp", "h", "transformer", "weight"])
+@pytest.mark.parametrize("argument", ["targets", "r"])
+def test_the_names_that_are_suggested_would_match(pattern, argument):
+    model = seeded(lambda: gpt2(layers=1))
+    options = {"targets": pattern, "r": 2} if argument == "targets" else {"r": {pattern: 2, "*": 1}}
+    with pytest.raises(ValueError, match="closest names are") as caught:
+        rosa_func.init(model, **options)
+    for name in str(caught.value).partition("names are ")[2].split(", "):
+        assert adapted(model, targets=name)
+
+
+@pytest.mark.parametrize("first", ["embed", "project"])
+def test_a_weight_tied_to_an_embedding_is_no_linear_one_whatever_comes_first(first):
+    modules = {"embed": nn.Embedding(9, 6), "project": nn.Linear(6, 9, bias=False)}
+    modules["project"].weight = modules["embed"].weight
+    model = nn.ModuleDict({first: modules[first], **modules, "own": nn.Linear(6, 6)})
+    assert list(adapted(model)) == ["own.weight"]
+    assert list(adapted(model, targets="project")) == [f"{first}.weight"]
+
+
+def test_arguments_in_the_wrong_places():
+    model = small()
+    state = rosa_func.init(model, 2)
+    with pytest.raises(TypeError, match=r"the model is an nn\.Module, got TensorDict"):
+        rosa_func.init(state, 2)
+    for use in (
+        lambda: rosa_func.call(state, model, torch.ones(2, 6)),
+        lambda: rosa_func.merge(model),
+        lambda: rosa_func.count(model),
+        lambda: rosa_func.parameters(model),
+        lambda: rosa_func.resample({}, 1),
+    ):
+        with pytest.raises(TypeError, match="the state is a TensorDict, got"):
+            use()
+    with pytest.raises(TypeError, match=r"a sampler is a function .* got 'lora'"):
+        rosa_func.resample(state, 1, sampler="lora")
 
 
 def test_nothing_to_adapt():
@@ -187,6 +251,10 @@ def test_weights_that_are_not_finite(bad, dtype):
     state = rosa_func.init(model, 2)
     state["trainable", "2.weight", "A"][0, 0] = bad  # as after a step too large
     with pytest.raises(ValueError, match=r"^2\.weight: non-finite values.*learning rate"):
+        rosa_func.resample(state, 1)
+    state = rosa_func.init(model, 2, targets="0", train="2")
+    state["trainable", "2.weight"][0, 0] = bad
+    with pytest.raises(ValueError, match=r"^2\.weight: non-finite values"):
         rosa_func.resample(state, 1)
     assert adapted(changed("2.weight", weight), targets="0.weight")  # it is not asked for
 
@@ -228,6 +296,18 @@ def test_meta_weights_and_empty_weights():
     with pytest.raises(ValueError, match=r"0\.weight.*meta device"):
         rosa_func.init(rosa_func.skeleton(small()), 2)
     refused(ValueError, "2.weight", "(0, 4)", model=changed("2.weight", torch.ones(0, 4)))
+
+
+def test_weights_too_large_for_their_norms():
+    model = changed("2.weight", torch.full((8, 4), 1e30))
+    refused(ValueError, "2.weight", "not finite", "1e+30", model=model, sampler=samplers.projection)
+
+
+def test_a_sampler_whose_factors_are_not_finite():
+    def broken(W, r, site):
+        return W.new_full((W.shape[0], r), float("nan")), W.new_zeros(r, W.shape[1])
+
+    refused(ValueError, "0.weight", "factors", "not finite", sampler=broken)
 
 
 def test_a_residual_beyond_float16():
