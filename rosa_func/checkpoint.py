@@ -33,6 +33,7 @@ def save(path: str | os.PathLike[str], state: TensorDict, **extra: Any) -> None:
     Raises:
         TypeError: if the state is not a TensorDict, or extra holds anything else (its path is
             named). Nothing is written then.
+        FileNotFoundError: if the folder is not there.
 
     Example:
         >>> import os, rosa_func, tempfile, torch
@@ -55,6 +56,8 @@ def save(path: str | os.PathLike[str], state: TensorDict, **extra: Any) -> None:
     metadata = {"rosa_func": str(_VERSION), "content": structure}
     metadata["sha256"] = tree.digest(metadata, tensors)
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         save_file(tensors, partial, metadata)

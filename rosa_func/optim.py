@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from rosa_func import moments as carrying
-from rosa_func.leaves import leaves, named_parameters
+from rosa_func.leaves import leaves
 from rosa_func.moments import Slots
 
 _NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
@@ -59,21 +59,22 @@ def groups(
         "B": (B, []),
         "full": (full, []),
     }
-    in_full = {name for name, value in state["trainable"].items() if isinstance(value, Tensor)}
-    for name, leaf in named_parameters(state).items():
-        chosen["full" if name in in_full else name[-1]][1].append(leaf)
-    result = []
-    for which, (options, tensors) in chosen.items():
-        if options is None:
-            for leaf in tensors:
-                leaf.requires_grad_(False)
-        elif "params" in options:
+    for which, (options, _) in chosen.items():
+        if options is not None and "params" in options:
             raise ValueError(f"the options of {which} have 'params': groups chooses the tensors")
-        elif tensors:
-            result.append({"params": tensors, **options})
-    if not result:
+    in_full = {name for name, value in state["trainable"].items() if isinstance(value, Tensor)}
+    for name, leaf in leaves(state).items():
+        chosen["full" if name in in_full else name[-1]][1].append(leaf)
+    if not any(tensors for options, tensors in chosen.values() if options is not None):
         raise ValueError("no tensor is left to train: give options, not None, for A, B or full")
-    return result
+    for options, tensors in chosen.values():
+        for leaf in tensors:
+            leaf.requires_grad_(options is not None)
+    return [
+        {"params": tensors, **options}
+        for options, tensors in chosen.values()
+        if options is not None and tensors
+    ]
 
 
 def rebind(
@@ -143,7 +144,8 @@ def rebind(
         >>> optimizer.param_groups[0]["params"][0] is new["trainable", "0.weight", "A"]
         True
     """
-    _check(optimizer, moments, fraction)
+    check_moments(moments, fraction)
+    _refuse_lbfgs(optimizer)
     old, new = leaves(old_state), leaves(new_state)
     if unmatched := set(old).symmetric_difference(new):
         name = min(unmatched)
@@ -230,7 +232,8 @@ def rewarm(schedule: Callable[[int], float], every: int, steps: int) -> Callable
     return factor
 
 
-def _check(optimizer: torch.optim.Optimizer, moments: str, fraction: float | None) -> None:
+def check_moments(moments: str, fraction: float | None) -> None:
+    """Refuse what `rebind` does not know."""
     if moments not in _MOMENTS:
         raise ValueError(f"moments is one of {', '.join(_MOMENTS)}, got {moments!r}")
     if (fraction is not None) != (moments == "prune"):
@@ -240,6 +243,9 @@ def _check(optimizer: torch.optim.Optimizer, moments: str, fraction: float | Non
         )
     if fraction is not None and not 0 <= fraction <= 1:
         raise ValueError(f"the fraction to prune lies in [0, 1], got {fraction!r}")
+
+
+def _refuse_lbfgs(optimizer: torch.optim.Optimizer) -> None:
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
             "LBFGS keeps one history of all parameters together, which no new subspace can take "

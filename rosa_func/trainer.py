@@ -5,8 +5,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 from rosa_func import samplers
-from rosa_func.keys import fold_in
+from rosa_func.draw import check_sampler
+from rosa_func.keys import check_key, fold_in
 from rosa_func.module import RosaModule
+from rosa_func.optim import check_moments
 from rosa_func.samplers import Sampler
 
 
@@ -26,8 +28,9 @@ class ResampleCallback(TrainerCallback):
         fraction: as in `optim.rebind`.
 
     Raises:
-        ValueError: if `every` is not positive.
-        TypeError: when training starts with a model that is not a `RosaModule`.
+        ValueError: if `every` is not positive, or as `optim.rebind` for moments and fraction.
+        TypeError: if an argument is of another type; when training starts with a model that is not
+            a `RosaModule`.
 
     Example:
         >>> from rosa_func.trainer import ResampleCallback
@@ -44,8 +47,15 @@ class ResampleCallback(TrainerCallback):
         fraction: float | None = None,
     ) -> None:
         """Remember the options."""
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int)):
+            raise TypeError(
+                f"every is None or an int, got {every!r} of type {type(every).__name__}"
+            )
         if every is not None and every < 1:
             raise ValueError(f"every is None or a positive number of steps, got {every!r}")
+        check_key(key)
+        check_sampler(sampler)
+        check_moments(moments, fraction)
         self.every, self.key, self.sampler = every, key, sampler
         self.moments, self.fraction = moments, fraction
 

@@ -254,6 +254,8 @@ class TestDamage:
             checkpoint.load(path)
         with pytest.raises(FileNotFoundError, match="there is no file"):
             checkpoint.load(path.parent)
+        with pytest.raises(FileNotFoundError, match=r"no folder .*none to write run\.safetensors"):
+            checkpoint.save(path.parent / "none" / "run.safetensors", TensorDict())
 
     @pytest.mark.parametrize("change", ["version", "content", "missing tensor"])
     def test_mislabelled_files(self, path: Path, change: str):

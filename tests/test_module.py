@@ -229,6 +229,15 @@ class TestTrainer:
     def test_refusals(self, tmp_path: Path):
         with pytest.raises(ValueError, match="positive number of steps, got 0"):
             ResampleCallback(0)
+        for wrong in (2.5, True, "10"):
+            with pytest.raises(TypeError, match=rf"every is None or an int, got {wrong!r}"):
+                ResampleCallback(wrong)
+        with pytest.raises(ValueError, match=r"moments is one of .*, got 'foo'"):
+            ResampleCallback(moments="foo")
+        with pytest.raises(ValueError, match="fraction=None with moments='prune'"):
+            ResampleCallback(moments="prune")
+        with pytest.raises(TypeError, match="got 'lora'"):
+            ResampleCallback(sampler="lora")
         with pytest.raises(TypeError, match="is to be a RosaModule, got Linear"):
             ResampleCallback(3).on_train_begin(None, None, None, model=nn.Linear(2, 2))
 

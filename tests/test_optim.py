@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randn, seeded
+from conftest import randn, seeded, state_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
@@ -363,10 +363,12 @@ class TestGroups:
     def test_refusals(self):
         state = rosa_func.init(make_model(), 2)
         assert len(rosa_func.optim.groups(state)) == 2  # none in full
-        with pytest.raises(ValueError, match="options of A have 'params'"):
-            rosa_func.optim.groups(state, A={"params": []})
+        before = state_bytes(state)
+        with pytest.raises(ValueError, match="options of B have 'params'"):
+            rosa_func.optim.groups(state, A=None, B={"params": []})
         with pytest.raises(ValueError, match="no tensor is left"):
             rosa_func.optim.groups(state, A=None, B=None)
+        assert state_bytes(state) == before  # which has the flags
 
 
 class TestRewarm:
