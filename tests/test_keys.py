@@ -7,11 +7,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_samplers import ALL
 from torch import nn
 
 import rosa_func
+from rosa_func import samplers
 from rosa_func.keys import generator
 
+SAMPLERS = st.sampled_from(ALL)
+DRAWN = [samplers.random, samplers.projection, samplers.lora, samplers.additive]  # not by size
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+KEYS = st.integers(-(2**70), 2**70)
 DATA = st.lists(st.integers() | st.text(max_size=5), max_size=3)
 
 # Prints, for each sampler and dtype, a digest of all bits of a state drawn in a process of its own.
@@ -96,18 +102,25 @@ class TestDraws:
             first["trainable", "weight", "A"], second["trainable", "weight", "A"]
         )
 
-    def test_adding_a_target_leaves_the_others_bit_identical(self):
-        model = nn.Sequential(linear(12, 10), linear(10, 12))
-        alone = rosa_func.init(model, 3, targets="0")["trainable", "0.weight"]
-        both = rosa_func.init(model, 3)["trainable", "0.weight"]
-        assert all(torch.equal(alone[f], both[f]) for f in "AB")
+    @given(SAMPLERS, KEYS, st.integers(1, 10), st.sampled_from(DTYPES))
+    def test_adding_a_target_leaves_the_others_bit_identical(self, sampler, key, r, dtype):
+        model = nn.Sequential(linear(12, 10), linear(10, 12)).to(dtype)
+        options = {"sampler": sampler, "key": key}
+        alone = rosa_func.init(model, r, targets="0", **options)
+        both = rosa_func.init(model, r, **options)
+        for one, two in ((alone, both), (rosa_func.resample(s, key) for s in (alone, both))):
+            for part in (("trainable", "0.weight", "A"), ("trainable", "0.weight", "B")):
+                assert torch.equal(one[part], two[part])
+            assert torch.equal(one["frozen", "0.weight"], two["frozen", "0.weight"])
 
-    def test_equal_weights_in_two_layers_draw_differently(self):
-        model = nn.Sequential(linear(12, 12), linear(12, 12))
+    @given(st.sampled_from(DRAWN), KEYS, st.integers(1, 11))
+    def test_equal_weights_in_two_layers_draw_differently(self, sampler, key, r):
+        model = nn.Sequential(linear(24, 24), linear(24, 24))
         assert torch.equal(model[0].weight, model[1].weight)
-        trainable = rosa_func.init(model, 3)["trainable"]
-        products = [trainable[f"{i}.weight", "A"] @ trainable[f"{i}.weight", "B"] for i in (0, 1)]
-        assert not torch.allclose(*products)
+        trainable = rosa_func.init(model, r, sampler=sampler, key=key)["trainable"]
+        first, second = (trainable[f"{i}.weight"] for i in (0, 1))
+        same = [torch.allclose(first[factor], second[factor]) for factor in "AB"]
+        assert not all(same)
 
     def test_the_same_bits_in_another_process_with_another_number_of_threads(self):
         one, two = (

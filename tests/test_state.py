@@ -160,39 +160,49 @@ class TestMergeReconstructs:
 
 
 class TestDrift:
-    def test_1000_idle_resamples_in_float32(self):
-        module = nn.Linear(24, 20)
-        module.load_state_dict({"weight": randn(20, 24), "bias": randn(20)})
-        state = rosa_func.init(module, 4)
+    @settings(max_examples=4)  # of a thousand resamples each
+    @given(SAMPLERS, st.integers(8, 24), st.integers(8, 24), st.integers(1, 8), SEEDS)
+    def test_1000_idle_resamples_in_float32(self, sampler, m, n, r, seed):
+        module = nn.Linear(n, m, bias=False)
+        module.load_state_dict({"weight": randn(m, n, seed=seed)})
+        state = rosa_func.init(module, r, sampler=sampler)
         for step in range(1000):
-            state = rosa_func.resample(state, step)
+            state = rosa_func.resample(state, seed + step, sampler=sampler)
         W = module.weight.detach()
         assert (rosa_func.merge(state)["weight"] - W).norm() <= 1e-5 * W.norm()
 
-    def test_100_idle_resamples_in_bfloat16(self):
-        module = nn.Linear(48, 40).bfloat16()
-        module.load_state_dict({"weight": randn(40, 48), "bias": randn(40)})
-        state = rosa_func.init(module, 4)
+    @given(SAMPLERS, st.integers(8, 48), st.integers(8, 48), st.integers(1, 8), SEEDS)
+    def test_100_idle_resamples_in_bfloat16(self, sampler, m, n, r, seed):
+        module = nn.Linear(n, m, bias=False).bfloat16()
+        module.load_state_dict({"weight": randn(m, n, seed=seed)})
+        state = rosa_func.init(module, r, sampler=sampler)
         for step in range(100):
-            state = rosa_func.resample(state, step)
+            state = rosa_func.resample(state, seed + step, sampler=sampler)
         W = module.weight.detach().double()
         assert (unrounded(state, "weight") - W).norm() <= 1e-4 * W.norm()
 
-    def test_small_changes_of_a_bfloat16_weight_are_kept(self):
-        module = nn.Linear(48, 40).bfloat16()
-        module.load_state_dict({"weight": randn(40, 48), "bias": randn(40)})
+    @settings(max_examples=6)
+    @given(st.sampled_from([samplers.random, samplers.projection]), SEEDS)
+    def test_small_changes_of_a_bfloat16_weight_are_kept(self, sampler, seed):
+        """Each cycle changes W by 1e-5 relative, in what its subspace holds of one direction.
+
+        What the drift of the test above, 2e-5 in a random direction, has of the intended one, 1e-3
+        after all cycles, is 1 / sqrt(m n) of it: 2e-4 of the change here, 1e-3 at 20 x 20.
+        """
+        module = nn.Linear(128, 96, bias=False).bfloat16()
+        module.load_state_dict({"weight": randn(96, 128, seed=seed)})
         W = module.weight.detach().double()
-        state, intended = rosa_func.init(module, 20), torch.zeros_like(W)
-        direction = randn(40, 48, seed=1)
+        state, intended = rosa_func.init(module, 20, key=seed), torch.zeros_like(W)
+        direction = randn(96, 128, seed=seed + 1)
         for step in range(100):
             A, B = (state["trainable", "weight", factor] for factor in "AB")
             dB = torch.linalg.pinv(A) @ direction
             dB *= 1e-5 * W.norm() / (A @ dB).norm()
             intended += A.double() @ ((B + dB).double() - B.double())
             B += dB
-            state = rosa_func.resample(state, step)
+            state = rosa_func.resample(state, seed + step, sampler=sampler)
         realised = ((unrounded(state, "weight") - W) * intended).sum() / intended.square().sum()
-        assert intended.norm() >= 5e-4 * W.norm()
+        assert intended.norm() >= 4e-4 * W.norm()
         assert abs(realised.item() - 1) <= 1e-3
 
 
@@ -206,15 +216,21 @@ class TestOneCycle:
         change = rosa_func.merge(trained)["weight"] - module.weight.detach()
         assert torch.linalg.matrix_rank(change, rtol=1e-9) <= 2 * r
 
-    def test_the_residual_is_bit_identical_while_training(self):
-        module = nn.Linear(6, 5)
-        state = rosa_func.init(module, 2)
-        before = state["frozen"].clone()
-        optimizer = torch.optim.SGD(rosa_func.parameters(state), 0.1)
-        for _ in range(3):
-            rosa_func.call(module, state, randn(4, 6)).square().sum().backward()
+    @given(SAMPLERS, st.sampled_from(["linear", "conv1d"]), SIZES, SIZES, st.data(), SEEDS)
+    def test_the_residual_is_bit_identical_while_training(self, sampler, layout, m, n, data, seed):
+        dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+        module = layer(layout, m, n, dtype, seed)
+        state = adapt(module, data.draw(st.integers(1, min(m, n))), sampler=sampler)
+        before, start = state["frozen"].clone(), state["trainable"].clone()
+        optimizer = torch.optim.AdamW(rosa_func.parameters(state), 0.1)
+        width = m if layout == "conv1d" else n
+        for step in range(3):
+            x = randn(4, width, seed=seed + step, dtype=dtype)
+            optimizer.zero_grad()
+            rosa_func.call(module, state, x).square().sum().backward()
             optimizer.step()
         assert all(torch.equal(before[name], t) for name, t in state["frozen"].items())
+        assert not torch.equal(start["weight", "B"], state["trainable", "weight", "B"])
 
 
 class TestPurity:
