@@ -110,9 +110,10 @@ def rebind(
     - "prune": hand them on with the smallest `fraction` of each set to zero (ReLoRA, which warms up
       again then: where a second moment alone is zeroed, a step is large; see `rewarm`).
 
-    "reset" is the default: where it was measured (E2E, AdamW, rank 4, 95% intervals), "keep" lost
-    more than resampling gains (+0.126 ± 0.013 nats a token to "reset"), "prune" with a warm-up most
-    of it (+0.081 ± 0.033); "project" was level (-0.025 ± 0.029; examples/experiments/RESULTS.md).
+    "reset" is the default: where it was measured (E2E, AdamW, rank 4, all at the rate that was best
+    for "reset", 95% intervals), "keep" lost more than resampling gains (+0.126 ± 0.013 nats a token
+    to "reset"), "prune" with a warm-up most of it (+0.081 ± 0.033); "project" was level (-0.025 ±
+    0.029; examples/experiments/RESULTS.md, `moments`).
 
     Args:
         optimizer: any of `torch.optim` whose state is per parameter (all but LBFGS); "project"

@@ -138,9 +138,9 @@ def resample(
 
         W = R + A B,    then    W = R' + A' B'    with A', B' drawn from W
 
-    How often depends on the task: a few cycles a run were better than one on E2E and source code,
-    and worse on ELI5 and STS-B (examples/experiments/RESULTS.md, `e2e-every`, `code`,
-    `eli5-variants` and `glue-stsb`). Begin with none, and add resamples where a dev set gains.
+    How often depends on the task: a few cycles a run were better than one on E2E and source code
+    and worse on ELI5 (examples/experiments/RESULTS.md, `e2e-every`, `code`, `eli5-variants`).
+    Begin with none, and add resamples where a dev set gains.
 
     Nothing is differentiated through the decomposition. Where a compensation is kept, the sum
     that is split again is the unrounded one, so 16-bit weights neither drift nor lose small
