@@ -1,8 +1,15 @@
-"""An experiment of a few methods, for the tests of the harness."""
+"""An experiment of a few methods and a small task, for the tests of the harness."""
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
-from examples.experiments import plan
+import torch
+import torch.nn.functional as F
+from conftest import randn
+from torch import Tensor, nn
+
+from examples.experiments import plan, task
 
 RATES = [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
 METHODS = [
@@ -28,3 +35,31 @@ def experiment(**changes: Any) -> plan.Experiment:
         "figures": [],
     }
     return plan.Experiment(**(parts | changes))
+
+
+class Seen:
+    """A small regression that notes what the training loop asks of it."""
+
+    def __init__(self) -> None:
+        self.batches: list[Tensor] = []
+        self.splits: Counter[str] = Counter()
+
+    def load(self) -> task.Task:
+        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+        model.load_state_dict({k: randn(*v.shape) for k, v in model.state_dict().items()})
+
+        def batches(seed: int) -> Iterator[Tensor]:
+            generator = torch.Generator().manual_seed(seed)
+            while True:
+                yield torch.randn(8, 6, generator=generator)
+
+        def loss(forward: task.Forward, batch: Tensor) -> Tensor:
+            self.batches.append(batch)
+            return F.mse_loss(forward(batch), batch[:, :4])
+
+        def evaluate(forward: task.Forward, split: str) -> task.Metrics:
+            self.splits[split] += 1
+            with torch.no_grad():
+                return {"loss": F.mse_loss(forward(torch.ones(1, 6)), torch.zeros(1, 4)).item()}
+
+        return task.Task(model, [], batches, loss, evaluate)

@@ -8,48 +8,17 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import randn
-from small_experiment import METHODS, RATES, SETTING, experiment
+from small_experiment import METHODS, RATES, SETTING, Seen, experiment
 from torch import Tensor, nn
 
 from examples.experiments import adapting, plan, records, report, task, training
 
 ROOT = Path(__file__).parents[1]
-
-
-class Seen:
-    """A small regression that notes what the training loop asks of it."""
-
-    def __init__(self) -> None:
-        self.batches: list[Tensor] = []
-        self.splits: Counter[str] = Counter()
-
-    def load(self) -> task.Task:
-        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
-        model.load_state_dict({k: randn(*v.shape) for k, v in model.state_dict().items()})
-
-        def batches(seed: int) -> Iterator[Tensor]:
-            generator = torch.Generator().manual_seed(seed)
-            while True:
-                yield torch.randn(8, 6, generator=generator)
-
-        def loss(forward: task.Forward, batch: Tensor) -> Tensor:
-            self.batches.append(batch)
-            return F.mse_loss(forward(batch), batch[:, :4])
-
-        def evaluate(forward: task.Forward, split: str) -> task.Metrics:
-            self.splits[split] += 1
-            with torch.no_grad():
-                return {"loss": F.mse_loss(forward(torch.ones(1, 6)), torch.zeros(1, 4)).item()}
-
-        return task.Task(model, [], batches, loss, evaluate)
 
 
 def lines_of(method: plan.Method, phase: str = "final") -> tuple[Seen, list[records.Line]]:
