@@ -61,11 +61,13 @@ def main() -> None:
         for name in plan.names(args.experiments):
             print(f"{name:24}{plan.load(name, args.experiments).title}")
     elif args.command == "run":
-        from . import runner
+        from . import needs, runner
 
         if not args.names:
             parser.error("run needs the name of an experiment; `list` shows them")
-        for experiment in loaded(args.names):
+        experiments = loaded(args.names)
+        needs.check(experiments, args.data)
+        for experiment in experiments:
             runner.run(experiment, args.data, args.cache, args.results, args.jobs)
     elif args.command == "tiny":
         tiny(args.names or plan.names(args.experiments), args.experiments, args.jobs)

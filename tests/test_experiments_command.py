@@ -1,0 +1,73 @@
+"""The command line: what is refused, and what is said where there is nothing to do."""
+
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from examples.experiments import __main__ as command
+from examples.experiments import needs, plan, runner
+from examples.experiments import tiny as small
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of the experiments that are run; nothing of them is."""
+    names: list[str] = []
+    monkeypatch.setattr(runner, "run", lambda experiment, *_: names.append(experiment.name))
+    return names
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return the command as a function of its arguments."""
+
+    def called(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["experiments", *map(str, arguments)])
+        command.main()
+
+    return called
+
+
+class TestData:
+    @pytest.mark.parametrize("name", ["glue-cola", "smollm2", "e2e", "eli5", "code", "theorem"])
+    def test_a_folder_that_is_not_there_is_refused_before_anything_starts(
+        self, call, started, tmp_path, name
+    ):
+        folder = tmp_path / "nowhere"
+        with pytest.raises(SystemExit) as refused:
+            call("run", name, "--data", folder, "--results", tmp_path)
+        first, *others = str(refused.value).splitlines()
+        assert first == f"--data {folder}: there is no such folder; expected:"
+        assert len(others) == len(needs.files(plan.load(name).setting))
+        assert not started
+
+    def test_all_files_that_are_missing_are_named_with_their_experiment_and_use(
+        self, call, started, tmp_path
+    ):
+        small.make(tmp_path)
+        (tmp_path / "eli5" / "train.jsonl").unlink()
+        (tmp_path / "glue" / "CoLA" / "dev.jsonl").unlink()
+        names = ["theorem", "e2e", "smollm2", "glue-cola"]
+        with pytest.raises(SystemExit) as refused:
+            call("run", *names, "--data", tmp_path, "--results", tmp_path)
+        assert str(refused.value).splitlines() == [
+            f"--data {tmp_path}: there is no",
+            f"  {tmp_path}/eli5/train.jsonl (e2e: its base model, prose, is trained on it)",
+            f"  {tmp_path}/glue/CoLA/dev.jsonl (glue-cola: its data)",
+        ]
+        assert not started
+        call("run", "smollm2", "--data", tmp_path, "--results", tmp_path)
+        assert started == ["smollm2"]
+
+    def test_what_the_hub_lacks_needs_a_folder(self, call, started, tmp_path):
+        with pytest.raises(SystemExit, match=r"gsm8k/train.jsonl \(eli5: its base model, docs"):
+            call("run", "e2e", "eli5", "--results", tmp_path)
+        assert not started
+
+    @pytest.mark.parametrize("name", plan.names())
+    def test_the_files_of_every_experiment_are_among_those_of_the_tiny_mode(self, name, tmp_path):
+        small.make(tmp_path)
+        (tmp_path / "gsm8k").mkdir()
+        (tmp_path / "gsm8k" / "train.jsonl").touch()  # which no tiny base reads
+        needs.check([plan.load(name)], tmp_path)
