@@ -4,9 +4,10 @@ import sys
 from collections.abc import Callable
 
 import pytest
+from small_experiment import METHODS, RATES, experiment
 
 from examples.experiments import __main__ as command
-from examples.experiments import needs, plan, runner
+from examples.experiments import needs, plan, records, runner
 from examples.experiments import tiny as small
 
 
@@ -71,3 +72,29 @@ class TestData:
         (tmp_path / "gsm8k").mkdir()
         (tmp_path / "gsm8k" / "train.jsonl").touch()  # which no tiny base reads
         needs.check([plan.load(name)], tmp_path)
+
+
+class TestNothingDue:
+    def test_published_experiments_say_so_and_ask_for_no_data(self, call, started, capsys):
+        call("run", "e2e", "theorem")
+        folder, lines = plan.FOLDER / "results", capsys.readouterr().out.splitlines()
+        assert [line.partition(" all ")[0] for line in lines] == [
+            f"{name}: nothing is due," for name in ("e2e", "theorem")
+        ]
+        assert all(f" cells are in {folder}; --results DIR makes" in line for line in lines)
+        assert not started
+
+    def test_an_experiment_with_a_cell_to_run_is_run(self, tmp_path, capsys):
+        e = experiment(methods=METHODS[1:3], rounds=1, like={METHODS[2]: METHODS[1]})
+        cells: list[plan.Cell] = []
+        while due := plan.due(e, records.scores(records.read(tmp_path))):
+            assert runner.unfinished([e], tmp_path) == [e]
+            for cell in due:
+                line = {"cell": cell.key, "best": abs(cell.rate - RATES[2])}
+                start = {**line, "event": "start"}
+                records.append(tmp_path / "x.jsonl", [start, {**line, "event": "end"}])
+            cells += due
+        assert not capsys.readouterr().out
+        assert runner.unfinished([e], tmp_path) == []
+        assert f"x: nothing is due, all {len(cells)} cells are in" in capsys.readouterr().out
+        assert len(cells) == 3 + 2 * 2 + 3

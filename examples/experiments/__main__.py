@@ -65,9 +65,9 @@ def main() -> None:
 
         if not args.names:
             parser.error("run needs the name of an experiment; `list` shows them")
-        experiments = loaded(args.names)
-        needs.check(experiments, args.data)
-        for experiment in experiments:
+        left = runner.unfinished(loaded(args.names), args.results)
+        needs.check(left, args.data)
+        for experiment in left:
             runner.run(experiment, args.data, args.cache, args.results, args.jobs)
     elif args.command == "tiny":
         tiny(args.names or plan.names(args.experiments), args.experiments, args.jobs)

@@ -211,6 +211,14 @@ def due(experiment: Experiment, scores: dict[str, float]) -> list[Cell]:
     return left or [cell for cell in costs(experiment) if cell.key not in scores]
 
 
+def done(experiment: Experiment, scores: dict[str, float]) -> list[Cell]:
+    """Return the cells that were run, of the searches, the published ones and the costs."""
+    searched = [m for m in experiment.methods if m not in experiment.like]
+    tune = [cell for method in searched for cell in tuning(experiment, method)]
+    cells = [*tune, *finals(experiment, scores), *costs(experiment)]
+    return [cell for key, cell in {c.key: c for c in cells}.items() if key in scores]
+
+
 def finals(experiment: Experiment, scores: dict[str, float]) -> list[Cell]:
     """Return the published cells of the methods whose rate is known, one seed after the other."""
     rates = {m: best_rate(experiment, m, scores) for m in experiment.methods}

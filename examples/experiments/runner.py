@@ -20,6 +20,20 @@ from . import base, plan, records
 PRELOADED = [f"{__package__}.{name}" for name in ("training", "text", "generation", "glue")]
 
 
+def unfinished(experiments: list[plan.Experiment], results: Path) -> list[plan.Experiment]:
+    """Return the experiments of which a cell is due, and say of each other one that none is."""
+    scores = records.scores(records.read(results))
+    left = [experiment for experiment in experiments if plan.due(experiment, scores)]
+    for experiment in experiments:
+        if experiment not in left:
+            cells = len(plan.done(experiment, scores))
+            print(
+                f"{experiment.name}: nothing is due, all {cells} cells are in {results}; "
+                "--results DIR makes lines of your own"
+            )
+    return left
+
+
 def run(
     experiment: plan.Experiment, data: Path | None, cache: Path, results: Path, jobs: int
 ) -> None:
