@@ -98,3 +98,23 @@ class TestNothingDue:
         assert runner.unfinished([e], tmp_path) == []
         assert f"x: nothing is due, all {len(cells)} cells are in" in capsys.readouterr().out
         assert len(cells) == 3 + 2 * 2 + 3
+
+
+class TestRefusals:
+    def test_a_report_needs_a_folder_of_lines(self, call, tmp_path, capsys):
+        with pytest.raises(SystemExit) as refused:
+            call("report", "theorem", "--results", tmp_path / "nowhere")
+        assert refused.value.code == 2
+        assert f"--results {tmp_path / 'nowhere'}: there is no such" in capsys.readouterr().err
+        assert not (tmp_path / "nowhere").exists()
+
+    def test_tiny_refuses_a_name_before_it_makes_data(self, call, monkeypatch):
+        monkeypatch.setattr(small, "make", lambda folder: pytest.fail(f"made {folder}"))
+        with pytest.raises(SystemExit, match="there is no experiment 'nosuch'"):
+            call("tiny", "theorem", "nosuch")
+
+    def test_git_is_told_of_nothing_that_a_run_leaves_beside_its_lines(self):
+        root = plan.FOLDER.parents[1]
+        lines = (root / ".gitignore").read_text(encoding="utf-8").splitlines()
+        results = (plan.FOLDER / "results").relative_to(root).as_posix()
+        assert {f"{results}/.lock", f"{results}/under-way/"} <= set(lines)

@@ -70,7 +70,10 @@ def main() -> None:
         for experiment in left:
             runner.run(experiment, args.data, args.cache, args.results, args.jobs)
     elif args.command == "tiny":
-        tiny(args.names or plan.names(args.experiments), args.experiments, args.jobs)
+        names = args.names or plan.names(args.experiments)
+        tiny([plan.load(name, args.experiments) for name in names], args.jobs)
+    elif not args.results.is_dir():
+        parser.error(f"--results {args.results}: there is no such folder, so no lines to report")
     else:
         from . import report
 
@@ -86,7 +89,7 @@ def main() -> None:
                 report.place(page, name, text)
 
 
-def tiny(names: list[str], experiments: Path, jobs: int) -> None:
+def tiny(experiments: list[plan.Experiment], jobs: int) -> None:
     """Run experiments in their tiny form, and report on them."""
     from . import report, runner
     from . import tiny as small
@@ -94,7 +97,7 @@ def tiny(names: list[str], experiments: Path, jobs: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         data, results = Path(folder) / "data", Path(folder) / "results"
         small.make(data)
-        for experiment in [small.shrink(plan.load(name, experiments)) for name in names]:
+        for experiment in map(small.shrink, experiments):
             runner.run(experiment, data, Path(folder) / "bases", results, jobs)
             print(report.write(experiment, results, Path(folder) / "figures", None))
 
