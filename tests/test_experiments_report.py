@@ -1,5 +1,6 @@
 """Tables and figures of lines written by hand, and of the published ones."""
 
+import math
 import re
 from typing import Any
 
@@ -109,6 +110,23 @@ class TestReport:
             assert axes.lines[0].get_ydata()[-1] == pytest.approx(1e-6)  # the geometric mean
             assert (low, high) == pytest.approx((1e-9, 1.0 if kind == "curves" else 1e-3))
             assert 1e-11 < axes.get_ylim()[0] < 1e-9
+
+    def test_a_line_over_ranks_breaks_where_the_method_alone_was_not_run(
+        self, tmp_path, monkeypatch
+    ):
+        shown = []
+        monkeypatch.setattr(figures.plt, "close", lambda d: shown.append(d.axes[0]))
+        at = {METHODS[0]: [0], METHODS[1]: [2, 4, 8], METHODS[2]: [2, 8, 16]}
+        results = [
+            self.result(method._replace(rank=rank), [1.0 + rank, 1.2 + rank], trainable=10 + rank)
+            for method, ranks in at.items()
+            for rank in ranks
+        ]
+        figures.draw({"kind": "ranks", "y": "loss"}, experiment(), results, tmp_path)
+        found = [bar.lines[0].get_xdata().tolist() for bar in shown[0].containers]
+        nan = pytest.approx(math.nan, nan_ok=True)
+        assert found == [[10], [12, 14, 18], [12, nan, 18, 26]]  # none of them is run at rank 3
+        assert shown[0].get_xticks().tolist() == [10, 12, 14, 18, 26]
 
     @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=3))
     def test_the_middle_lies_in_its_band(self, values):

@@ -1,5 +1,6 @@
 """The figures of the experiments: curves over steps, errors over ranks, and bars."""
 
+import math
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -84,20 +85,27 @@ def spread(values: list[float], figure: dict[str, Any]) -> tuple[float, float, f
 
 
 def ranks(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
-    """Draw the loss on test over the number of trainable values, a line for each method."""
-    lines: dict[str, list[tuple[float, ...]]] = {}
+    """Draw the loss on test over the number of trainable values, a line for each method.
+
+    It breaks at a rank that others were run at and the method was not.
+    """
+    lines: dict[str, dict[int, tuple[float, ...]]] = {}
     for result in results:
         ends = result.ends()
         if ends:
             value = spread([end["test"]["loss"] for end in ends], figure)
-            lines.setdefault(result.method.name, []).append((result.trainable, *value))
+            of = lines.setdefault(result.method.name, {})
+            of[result.method.rank] = (result.trainable, *value)
+    drawn = sorted({rank for points in lines.values() for rank in points})
     for (name, points), marker in zip(lines.items(), MARKERS, strict=False):
-        x, middle, low, high = zip(*sorted(points), strict=True)
+        own = [rank for rank in drawn if min(points) <= rank <= max(points)]
+        rows = [points.get(rank, (math.nan,) * 4) for rank in own]
+        x, middle, low, high = zip(*rows, strict=True)
         below = [m - v for m, v in zip(middle, low, strict=True)]
         above = [v - m for m, v in zip(middle, high, strict=True)]
         axes.errorbar(x, middle, (below, above), marker=marker, ms=5, capsize=3, label=name)
     axes.set(xlabel="trainable values", ylabel=figure["y"])
-    logarithmic(axes, [point[0] for points in lines.values() for point in points])
+    logarithmic(axes, [point[0] for points in lines.values() for point in points.values()])
     legend(axes)
 
 
