@@ -148,6 +148,16 @@ class TestReport:
         means = [bar.lines[0].get_xdata()[0] for bar in shown[0].containers]
         assert means == [2.0] * len(names)
 
+    @pytest.mark.parametrize("name", [n for n in plan.names() if n.startswith("glue")])
+    def test_the_axis_of_bars_holds_every_interval(self, tmp_path, monkeypatch, name):
+        shown = []
+        monkeypatch.setattr(figures.plt, "close", lambda d: shown.append(d.axes[0]))
+        e = plan.load(name)
+        figures.draw(e.figures[0], e, report.gather(e, plan.FOLDER / "results"), tmp_path)
+        low, high = shown[0].get_xlim()
+        ends = [x for bar in shown[0].containers for x in bar.lines[1]]
+        assert ends and all(low < cap.get_xdata()[0] < high for cap in ends)
+
     def test_time_is_of_whole_runs_with_their_draws(self):
         rosa = self.result(METHODS[2], [1.0], 1.0, 5.0)
         assert report.time_ratio(rosa) == pytest.approx((100 * 1 + 4 * 5) / (100 * 2))

@@ -118,7 +118,7 @@ def logarithmic(axes: Axes, values: list[float]) -> None:
 
 
 def bars(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
-    """Draw a metric on test of every method, with its 95% interval and every seed.
+    """Draw a metric on test of every method, with its 95% interval and every seed, uncut.
 
     Full fine-tuning has a place only where the figure asks for it: on text it is far off the rest.
     """
@@ -130,7 +130,6 @@ def bars(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
         axes.errorbar(middle, place, xerr=half, marker="o", capsize=4, color="tab:blue")
         axes.plot(values, [place] * len(values), "|", color="black", markersize=9)
     axes.set_yticks(range(len(results)), [result.method.label for result in results])
-    axes.set_xlim(figure.get("left"), figure.get("right"))
     axes.set_xlabel(figure["y"])
 
 
