@@ -236,6 +236,12 @@ def test_the_page_has_the_table_of_the_published_lines(name):
     assert f"<!-- {name} -->\n{text}\n<!-- end of {name} -->" in PAGE.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("name", plan.names())
+def test_a_figure_of_nll_names_the_unit(name):
+    for figure in plan.load(name).figures:
+        assert "NLL" not in figure["y"] or figure["y"].endswith("(nats a token)")
+
+
 def test_each_figure_of_the_page_is_one_of_a_file_and_the_other_way_round():
     linked = set(re.findall(r"\(figures/(.+?)\.png\)", PAGE.read_text(encoding="utf-8")))
     drawn = {
