@@ -44,6 +44,7 @@ from benchmark_growth import growth, plot
 from benchmark_memory import memory
 from benchmark_resample import resample
 from machine import cpu
+from option_types import positive
 
 import rosa_func
 
@@ -245,13 +246,6 @@ def batch(text: str) -> Batch:
             f"a batch is sequences x tokens (2 to 1024), such as 4x128; got {text!r}"
         )
     return sequences, length
-
-
-def positive(text: str) -> int:
-    """Read a positive integer."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
 
 
 def main() -> None:

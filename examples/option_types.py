@@ -1,0 +1,42 @@
+"""What the options of the examples may be, as types for argparse."""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a reader of integers from `least` on."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(
+                f"expected an integer of at least {least}, got {text!r}"
+            )
+        return int(text)
+
+    return read
+
+
+positive, not_negative = at_least(1), at_least(0)
+
+
+def positive_number(text: str) -> float:
+    """Read a positive, finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive, finite number, got {text!r}")
+    return number
+
+
+def folder(text: str) -> Path:
+    """Read the path of a folder, which need not be there yet but must be possible."""
+    path = Path(text)
+    nearest = next(p for p in (path, *path.parents) if p.exists())
+    if not nearest.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a folder, and {nearest} is a file")
+    return path
