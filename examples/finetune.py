@@ -6,7 +6,8 @@
 Prints perplexity, the exponential of the total negative log-likelihood over the total number of
 tokens, with dropout off and on the reference (the answer) only; the best step is chosen on dev and
 reported on test. Every figure also goes to a file of JSON lines. With `--save-every N` a run that
-was killed goes on with `--resume`, with the same bits as if it had not been.
+was killed goes on with `--resume`, with the same bits as if it had not been. No run overwrites
+another's files: with other options it needs another `--out`.
 """
 
 import argparse
@@ -29,66 +30,41 @@ from finetune_data import (
     rate_at,
     sample,
 )
+from finetune_options import RATES, deciding, files, label, logged, parse, refuse_other, set_aside
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torch.func import functional_call
 from tqdm import tqdm
 
 import rosa_func
 
-RATES = {"full": 1e-4, "lora": 1e-3, "rosa": 1e-3}
+SPLITS = ("train", "dev", "test")
 PROGRESS = ("step", "seconds", "cycle", "best")
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--task", choices=["e2e", "eli5"], default="e2e")
-    parser.add_argument("--data", type=Path, help="folder with train, dev and test.jsonl (or Hub)")
-    parser.add_argument("--model", default="gpt2", help="a Hub name, a directory, or smollm2")
-    parser.add_argument("--method", choices=["full", "lora", "rosa"], default="rosa")
-    samplers = ["random", "top", "bottom", "projection", "lora", "additive"]
-    parser.add_argument("--sampler", choices=samplers, default="random", help="of rosa")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--resample-every", type=int, default=100, help="steps; 0 for never")
-    parser.add_argument("--rate", type=float, help=f"peak learning rate; by method: {RATES}")
-    parser.add_argument("--warmup", type=int, default=20, help="steps")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=4, help="sequences")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--eval-every", type=int, default=100, help="steps")
-    parser.add_argument("--dev", type=int, default=128, help="dev references; 0 for all")
-    parser.add_argument("--test", type=int, default=512, help="test references; 0 for all")
-    parser.add_argument("--moments", choices=["reset", "project", "keep"], default="reset")
-    parser.add_argument("--save-every", type=int, default=0, help="steps; 0 for no checkpoint")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/finetune"))
-    return parser.parse_args()
-
-
-def losses(model: nn.Module, weights: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+def losses(model: nn.Module, state: TensorDict, batch: dict[str, Tensor]) -> Tensor:
     """Return the summed negative log-likelihood of the references."""
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    logits = functional_call(model, weights, (), {**inputs, "use_cache": False}).logits
+    logits = rosa_func.call(model, state, **inputs, use_cache=False).logits
     wanted = batch["labels"] != -100
     return F.cross_entropy(logits[wanted].float(), batch["labels"][wanted], reduction="sum")
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, weights: dict[str, Tensor], examples: list[Example]) -> float:
+def evaluate(model: nn.Module, state: TensorDict, examples: list[Example]) -> float:
     """Return the mean negative log-likelihood of a reference's token, dropout off."""
     model.eval()
     examples = sorted(examples, key=lambda e: len(e[0]) + len(e[1]))  # little padding
     total, tokens = 0.0, 0
     for start in tqdm(range(0, len(examples), 16), "evaluate", leave=False):
         batch = collate(examples[start : start + 16])
-        total += losses(model, weights, batch).item()
+        total += losses(model, state, batch).item()
         tokens += int((batch["labels"] != -100).sum())
     return total / tokens
+
+
+def without_factors(frozen: dict[str, Tensor], trainable: dict[str, Tensor]) -> TensorDict:
+    """Return a state in which no weight is adapted."""
+    return TensorDict({"frozen": frozen, "trainable": trainable, "input_dim": {}})
 
 
 class Run:
@@ -98,27 +74,32 @@ class Run:
         """Start at step 0, from the weights of the model."""
         self.args = args
         self.peak = RATES[args.method] if args.rate is None else args.rate
-        name = "lora" if args.method == "lora" else args.sampler
-        self.sampler = getattr(rosa_func.samplers, name)
+        sampler = "lora" if args.method == "lora" else args.sampler
+        self.sampler = getattr(rosa_func.samplers, sampler)
         if args.method == "full":  # a state of which every parameter is trained in full
             values = {name: p.detach().float().clone() for name, p in model.named_parameters()}
             kept = model.state_dict().keys()
             buffers = {name: b for name, b in model.named_buffers() if name in kept}
-            self.state = TensorDict({"frozen": buffers, "trainable": values, "input_dim": {}})
+            self.state = without_factors(buffers, values)
         else:
-            self.state = rosa_func.init(model, args.rank, key=args.seed, sampler=self.sampler)
+            try:
+                self.state = rosa_func.init(model, args.rank, key=args.seed, sampler=self.sampler)
+            except ValueError as error:  # a rank that some weight is too small for
+                sys.exit(str(error))
         self.model = rosa_func.skeleton(model)  # from here on the weights live in the state alone
+        self.trainable = rosa_func.count(self.state).trainable
         parameters = rosa_func.parameters(self.state)
         self.optimizer = torch.optim.AdamW(parameters, self.peak, weight_decay=0.0)
         self.step, self.seconds, self.cycle = 0, 0.0, 0
-        self.best: dict[str, Any] = {"nll": math.inf, "step": 0, "weights": {}}
+        self.best: dict[str, Any] = {"nll": math.inf, "step": 0, "state": None}
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return what the model computes with, in its own dtype."""
-        weights = rosa_func.compose(self.state)
+    def computing(self) -> TensorDict:
+        """Return the state that the model computes with, in the model's dtype."""
         if self.args.method != "full":
-            return weights
-        return {name: w.to(getattr(torch, self.args.dtype)) for name, w in weights.items()}
+            return self.state
+        dtype = getattr(torch, self.args.dtype)
+        cast = {name: w.to(dtype) for name, w in self.state["trainable"].items()}
+        return self.state.replace({"trainable": cast})
 
     def resample(self) -> None:
         """Begin a cycle: the schedule goes on, the optimizer with it."""
@@ -138,7 +119,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
-        loss = losses(self.model, self.weights(), batch) / (batch["labels"] != -100).sum()
+        loss = losses(self.model, self.computing(), batch) / (batch["labels"] != -100).sum()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -150,21 +131,21 @@ class Run:
 
     def judge(self, dev: list[Example]) -> float:
         """Evaluate on dev, and keep the weights if they are the best so far."""
-        nll = evaluate(self.model, self.weights(), dev)
+        nll = evaluate(self.model, self.computing(), dev)
         if not math.isfinite(nll):
             sys.exit(f"dev NLL is {nll} at step {self.step}: lower --rate {self.peak}")
         if nll < self.best["nll"]:
-            merged = rosa_func.merge(self.state)
-            if self.args.method == "full":
-                merged = {name: w.detach().clone() for name, w in self.weights().items()}
-            self.best = {"nll": nll, "step": self.step, "weights": merged}
+            merged = rosa_func.merge(self.computing())
+            if self.args.method == "full":  # these are what the optimizer writes to
+                merged = {name: w.clone() for name, w in merged.items()}
+            self.best = {"nll": nll, "step": self.step, "state": without_factors(merged, {})}
         return nll
 
     def save(self, path: Path) -> None:
         """Write all that the next step depends on."""
         progress = {name: getattr(self, name) for name in PROGRESS}
         optimizer, random = self.optimizer.state_dict(), torch.get_rng_state()
-        options = given(self.args)
+        options = deciding(self.args)
         rosa_func.checkpoint.save(
             path, self.state, optimizer=optimizer, random=random, options=options, **progress
         )
@@ -172,9 +153,7 @@ class Run:
     def load(self, path: Path) -> None:
         """Go on where `save` was called, with the same bits."""
         self.state, saved = rosa_func.checkpoint.load(path)
-        now = given(self.args)
-        if other := [f"{k}={saved['options'][k]}" for k in now if now[k] != saved["options"][k]]:
-            sys.exit(f"{path} is of a run with {', '.join(other)}: resume with the same options")
+        refuse_other(path, saved["options"], self.args)
         parameters = rosa_func.parameters(self.state)
         self.optimizer = torch.optim.AdamW(parameters, self.peak, weight_decay=0.0)
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -183,19 +162,13 @@ class Run:
             setattr(self, name, saved[name])
 
 
-def given(args: argparse.Namespace) -> dict[str, str]:
-    """Return the options that decide the result."""
-    without = ("out", "resume", "save_every", "data")
-    return {name: str(value) for name, value in vars(args).items() if name not in without}
-
-
 class Log:
     """JSON lines, and TensorBoard scalars where it is installed."""
 
     def __init__(self, path: Path, step: int) -> None:
         """Keep the lines up to that step, which a resumed run does not repeat."""
         self.path = path
-        lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
         kept = [line for line, r in whole if r["step"] <= step and r["event"] != "test"]
         path.write_text("".join(kept))
@@ -215,38 +188,23 @@ class Log:
                 self.writer.add_scalar(f"{event}/{name}", value, step)
 
 
-def main() -> None:
-    """Train, choose on dev, report on test."""
-    args = parse()
-    torch.manual_seed(args.seed)  # of dropout
-    model, tokenizer = load_model(args.model, getattr(torch, args.dtype))
-    splits = {
-        split: encode(load_rows(args.task, split, args.data), tokenizer, args.max_length)
-        for split in ("train", "dev", "test")
-    }
-    splits["dev"] = sample(splits["dev"], args.dev, 0)
-    splits["test"] = sample(splits["test"], args.test, 0)
-    if len(splits["train"]) < args.batch:
-        sys.exit(f"--batch {args.batch} is more than the {len(splits['train'])} rows of train")
+def read_rows(args: argparse.Namespace) -> dict[str, list[tuple[str, str]]]:
+    """Return the pairs of each split."""
+    try:
+        rows = {split: load_rows(args.task, split, args.data) for split in SPLITS}
+    except OSError as error:
+        source = args.data or "the Hub (pass --data)"
+        sys.exit(f"the data of {args.task} cannot be loaded from {source}: {error}")
+    if len(rows["train"]) < args.batch:
+        sys.exit(f"--batch {args.batch} is more than the {len(rows['train'])} rows of train")
+    return rows
 
-    name = args.method if args.method != "rosa" else f"rosa-{args.sampler}"
-    rank = "" if args.method == "full" else f"-r{args.rank}"
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"{args.task}-{Path(args.model).name}-{name}{rank}-s{args.seed}"
-    file, checkpoint = (stem.with_name(stem.name + suffix) for suffix in (".jsonl", ".safetensors"))
-    run = Run(args, model)
-    del model
-    trainable = rosa_func.count(run.state).trainable
-    if args.resume and checkpoint.exists():
-        run.load(checkpoint)
-    log = Log(file, run.step)
-    if not run.step:
-        log("config", 0, **vars(args), peak=run.peak, trainable=trainable, torch=torch.__version__)
-        log("dev", 0, nll=run.judge(splits["dev"]))
-    print(f"{name}: {trainable:,} trainable values; dev NLL {run.best['nll']:.4f} at {run.step}")
 
+def train(run: Run, splits: dict[str, list[Example]], log: Log, checkpoint: Path) -> None:
+    """Take the steps that are left, with dev and a checkpoint where they are due."""
+    args = run.args
     stream = batches(splits["train"], args.batch, args.seed, run.step)
-    progress = tqdm(total=args.steps, initial=run.step, desc=name)
+    progress = tqdm(total=args.steps, initial=run.step, desc=label(args))
     while run.step < args.steps:
         record = run.train_step(next(stream))
         log("train", run.step, **record)
@@ -264,14 +222,54 @@ def main() -> None:
             run.save(checkpoint)
     progress.close()
 
-    best = run.best
-    test = evaluate(run.model, best["weights"], splits["test"])
-    log("test", run.step, nll=test, perplexity=math.exp(test), best=best["step"], dev=best["nll"])
+
+def report(run: Run, test: list[Example], log: Log) -> None:
+    """Evaluate the best weights on test."""
+    best, seconds = run.best, run.seconds / max(1, run.step)
+    nll = evaluate(run.model, best["state"], test)
+    log("test", run.step, nll=nll, perplexity=math.exp(nll), best=best["step"], dev=best["nll"])
     print(
-        f"{name}: {trainable:,} trainable values, {run.seconds / max(1, run.step):.2f} s/step, "
+        f"{label(run.args)}: {run.trainable:,} trainable values, {seconds:.2f} s/step, "
         f"best at step {best['step']}: dev perplexity {math.exp(best['nll']):.3f}, "
-        f"test perplexity {math.exp(test):.3f} (NLL {test:.4f})\nlog: {file}"
+        f"test perplexity {math.exp(nll):.3f} (NLL {nll:.4f})\nlog: {log.path}"
     )
+
+
+def main() -> None:
+    """Train, choose on dev, report on test."""
+    args = parse()
+    file, checkpoint = files(args)
+    goes_on = args.resume and checkpoint.exists()
+    if not goes_on:
+        refuse_other(file, logged(file), args)
+    if args.resume and not goes_on:
+        print(f"there is no checkpoint {checkpoint}: the run starts anew")
+    rows = read_rows(args)
+    torch.manual_seed(args.seed)  # of dropout
+    try:
+        model, tokenizer = load_model(args.model, getattr(torch, args.dtype))
+    except (OSError, ValueError) as error:
+        sys.exit(f"--model {args.model} cannot be loaded: {str(error).splitlines()[0]}")
+    splits = {split: encode(rows[split], tokenizer, args.max_length) for split in SPLITS}
+    splits["dev"] = sample(splits["dev"], args.dev, 0)
+    splits["test"] = sample(splits["test"], args.test, 0)
+    run = Run(args, model)
+    del model
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    if goes_on:
+        run.load(checkpoint)
+    else:
+        set_aside(file, checkpoint)
+    log = Log(file, run.step)
+    if not run.step:
+        fields = {"peak": run.peak, "trainable": run.trainable, "torch": torch.__version__}
+        log("config", 0, **vars(args), **fields)
+        log("dev", 0, nll=run.judge(splits["dev"]))
+    at = f"dev NLL {run.best['nll']:.4f} at {run.best['step']}"
+    print(f"{label(args)}: {run.trainable:,} trainable values; {at}")
+    train(run, splits, log, checkpoint)
+    report(run, splits["test"], log)
 
 
 if __name__ == "__main__":

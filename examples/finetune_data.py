@@ -22,8 +22,10 @@ def load_rows(task: str, split: str, data: Path | None) -> list[tuple[str, str]]
         if not path.is_file():
             sys.exit(f"--data {data}: there is no {path}; expected train, dev and test.jsonl")
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not rows:
+            sys.exit(f"{path} has no rows")
         fields = ("mr", "ref") if task == "e2e" else ("question", "answer")
-        if rows and not set(fields) <= rows[0].keys():
+        if not set(fields) <= rows[0].keys():
             sys.exit(f"{path}: expected the fields {fields}, got {sorted(rows[0])}")
         return [(row[fields[0]], row[fields[1]]) for row in rows]
     from datasets import load_dataset

@@ -1,10 +1,15 @@
 """The examples run as a user would run them, on data and a model made here."""
 
+import importlib
 import json
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,7 +19,51 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rosa_func import checkpoint
 
-FINETUNE = Path(__file__).parents[1] / "examples" / "finetune.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+FINETUNE = EXAMPLES / "finetune.py"
+
+
+class End(NamedTuple):
+    """How a script ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Main = Callable[..., End]
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Import an example by its name, as the others import it."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module
+
+
+@pytest.fixture
+def main(
+    example: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Main:
+    """Run an example in this process, which spares its imports."""
+
+    def run(name: str, *options: object) -> End:
+        module = example(name)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, options)])
+        code: int | str | None = 0
+        with torch.random.fork_rng(devices=[]):
+            try:
+                module.main()
+            except SystemExit as end:
+                code = end.code
+        printed = capsys.readouterr()
+        if isinstance(code, str):  # what Python prints before it exits with 1
+            return End(1, printed.out, printed.err + code)
+        return End(code or 0, printed.out, printed.err)
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +103,12 @@ def finetune(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(FINETUNE), "--model", str(folder / "model"), "--steps", "6"]
     command += ["--data", str(folder), "--eval-every", "3", "--out", str(folder / "out")]
     return subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+
+
+def options_of_a_step(folder: Path, out: str, *options: object) -> list[object]:
+    """Return the arguments of `main` for a finetune of one step; later options win."""
+    start = ["--model", folder / "model", "--data", folder, "--out", folder / out]
+    return ["finetune", *start, "--steps", 1, "--rank", 2, "--max-length", 64, *options]
 
 
 SAMPLERS = ["random", "top", "bottom", "projection", "lora", "additive"]
@@ -97,26 +152,123 @@ def test_the_loss_is_of_the_references_tokens_each_counted_once(folder: Path):
     assert found["nll"] == pytest.approx(total / tokens, rel=1e-5)
 
 
-def test_finetune_reads_eli5(folder: Path):
+def test_finetune_reads_eli5(main: Main, folder: Path):
     rows = [json.loads(line) for line in (folder / "dev.jsonl").read_text().splitlines()]
     eli5 = folder / "eli5"
     eli5.mkdir()
     for split in ("train", "dev", "test"):
         lines = [json.dumps({"question": row["mr"], "answer": row["ref"]}) for row in rows]
         (eli5 / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    options = ["--task", "eli5", "--data", str(eli5), "--rank", "2", "--steps", "1"]
-    done = finetune(folder, *options)
-    assert done.returncode == 0, done.stderr
-    wrong = finetune(folder, "--task", "e2e", "--data", str(eli5))
-    assert wrong.returncode == 1 and "expected the fields ('mr', 'ref')" in wrong.stderr
+    done = main(*options_of_a_step(folder, "out", "--task", "eli5", "--data", eli5))
+    assert done.code == 0
+    assert "test perplexity" in done.out
 
 
-def test_finetune_says_what_a_data_folder_lacks(folder: Path):
-    done = finetune(
-        folder / "model", "--data", str(folder / "model"), "--model", str(folder / "model")
-    )
-    assert done.returncode == 1
-    assert "expected train, dev and test.jsonl" in done.stderr
+@pytest.mark.parametrize(
+    ("lines", "complaint"),
+    [
+        (None, "expected train, dev and test.jsonl"),
+        ("", "has no rows"),
+        ('{"question": "a", "answer": "b"}\n', "expected the fields ('mr', 'ref')"),
+        ('{"mr": "a", "ref": "b"}\n', "--batch 4 is more than the 1 rows of train"),
+    ],
+)
+def test_the_data_are_checked_before_a_model_is_loaded(
+    main: Main, folder: Path, tmp_path: Path, lines: str | None, complaint: str
+):
+    for split in ("train", "dev", "test") if lines is not None else ():
+        (tmp_path / f"{split}.jsonl").write_text(lines)
+    done = main(*options_of_a_step(folder, "none", "--data", tmp_path, "--model", "/nonexistent"))
+    assert done.code == 1
+    assert complaint in done.err
+
+
+def test_data_that_the_hub_does_not_give_are_said_in_one_line(
+    main: Main, example: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+):
+    def unreachable(*_: object) -> None:
+        raise ConnectionError("Couldn't reach it")
+
+    monkeypatch.setattr(example("finetune"), "load_rows", unreachable)
+    done = main("finetune")
+    said = "the data of e2e cannot be loaded from the Hub (pass --data): Couldn't reach it"
+    assert done == End(1, "", said)
+
+
+def test_a_model_that_is_not_there_is_said_in_one_line(main: Main, folder: Path, tmp_path: Path):
+    for model in ("/nonexistent", tmp_path):
+        done = main(*options_of_a_step(folder, "none", "--model", model))
+        assert done.code == 1
+        assert f"--model {model} cannot be loaded: " in done.err.splitlines()[-1]
+        assert not (folder / "none").exists()
+
+
+def test_a_rank_that_is_too_large_is_said_in_one_line(main: Main, folder: Path):
+    done = main(*options_of_a_step(folder, "none", "--rank", 17))
+    assert done.code == 1
+    assert done.err.splitlines()[-1].startswith("rank 17 is larger than")
+    assert not (folder / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--rank 0", "--rank -1", "--rank 1.5", "--batch 0", "--eval-every 0", "--steps -3"),
+        *("--resample-every -1", "--warmup -1", "--max-length 1", "--dev -1", "--test -1"),
+        *("--save-every -1", "--seed x", "--rate 0", "--rate -0.1", "--rate nan", "--rate inf"),
+        *("--rate x", f"--data {__file__}", f"--out {__file__}", f"--out {__file__}/below"),
+    ],
+)
+def test_finetune_refuses_an_option_that_has_no_meaning(main: Main, option: str):
+    done = main("finetune", *option.split())
+    name, value = option.split()
+    assert done.code == 2
+    last = done.err.splitlines()[-1]
+    assert f"argument {name}: " in last
+    assert value.removesuffix("/below") in last
+
+
+def test_the_help_has_every_default(main: Main, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    options = main("finetune", "--help").out.split("\n  --")[1:]
+    assert len(options) == 21
+    assert [text for text in options if "(default: " not in text or "None" in text] == []
+
+
+def test_resuming_without_a_checkpoint_starts_anew_and_keeps_the_log(main: Main, folder: Path):
+    options = options_of_a_step(folder, "anew")
+    assert main(*options).code == 0
+    log = folder / "anew" / "e2e-model-rosa-random-r2-s0.jsonl"
+    first = log.read_bytes()
+    done = main(*options, "--resume")
+    assert done.code == 0
+    assert f"there is no checkpoint {log.with_suffix('.safetensors')}" in done.out
+    assert f"{log} is now {log.name}.1" in done.out
+    assert log.with_name(f"{log.name}.1").read_bytes() == first
+    assert _records(log) == _records(log.with_name(f"{log.name}.1"))
+    main(*options, "--save-every", 1)
+    main(*options)  # a checkpoint goes with its log, to a number that is free for both
+    names = {path.name.removeprefix(log.stem) for path in log.parent.iterdir()}
+    assert names == {".jsonl", ".jsonl.1", ".jsonl.2", ".jsonl.3", ".safetensors.3"}
+
+
+@pytest.mark.parametrize("option", ["--steps 2", "--rate 0.5", "--resample-every 7", "--data"])
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_run_with_other_options_is_neither_resumed_nor_overwritten(
+    main: Main, folder: Path, tmp_path: Path, option: str, resume: list[str]
+):
+    out = tmp_path / "out"
+    options = options_of_a_step(folder, "none", "--out", out, "--save-every", 1)
+    assert main(*options).code == 0
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    if option == "--data":
+        option = f"--data {shutil.copytree(folder, tmp_path / 'copy')}"
+    done = main(*options, *option.split(), *resume)
+    was = {"--steps": "steps=1", "--rate": "rate=None", "--data": f"data={folder}"}
+    name = option.split()[0]
+    assert done.code == 1
+    assert f"is of a run with {was.get(name, 'resample_every=100')}: resume with the" in done.err
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(folder: Path):
@@ -158,11 +310,3 @@ def _records(path: Path) -> list[dict[str, object]]:
 def _steps(path: Path) -> int:
     lines = path.read_text().splitlines() if path.exists() else []
     return sum('"event": "train"' in line for line in lines)
-
-
-def test_a_run_with_other_options_is_not_resumed(folder: Path):
-    options = ["--rank", "2", "--save-every", "6", "--out", str(folder / "other")]
-    assert finetune(folder, *options).returncode == 0
-    done = finetune(folder, *options, "--resume", "--rate", "0.5")
-    assert done.returncode == 1
-    assert "is of a run with rate=None: resume with the same options" in done.stderr
