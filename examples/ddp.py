@@ -8,10 +8,13 @@ split over the processes. With gloo, so on CPUs; change the backend for others.
 
 import argparse
 import math
+import os
+import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from option_types import folder
 from quickstart import (
     RATES,
     SHORT,
@@ -33,16 +36,24 @@ from rosa_func.module import RosaModule
 
 
 def main() -> None:
-    """Parse the arguments and join the other processes."""
+    """Read the command line and join the other processes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="a tiny model and a few dozen steps")
-    parser.add_argument("--cache", type=Path, default="runs/quickstart", help="the base model's")
+    parser.add_argument("--cache", type=folder, default="runs/quickstart", help="the base model's")
     args = parser.parse_args()
+    if "RANK" not in os.environ:
+        sys.exit("start the processes with: torchrun --nproc-per-node 2 examples/ddp.py")
     base, budget = SHORT if args.short else (Base(), Budget())
     dist.init_process_group("gloo")
     # DDP's reducer must be gone before the group: else its end waits, with the interpreter's lock,
     # for a thread of gloo that may need this lock.
-    adapt(base, budget, args.cache)
+    try:
+        adapt(base, budget, args.cache)
+    except KeyboardInterrupt:
+        if dist.get_rank() == 0:
+            print("interrupted: a base model that was finished stays cached", file=sys.stderr)
+        # At once: the end of the group would wait for processes that are ending themselves.
+        os._exit(130)
     dist.destroy_process_group()
 
 
@@ -58,7 +69,7 @@ def adapt(base: Base, budget: Budget, cache: Path) -> None:
     distributed.check_equal(module.state)
     wrapped = DistributedDataParallel(module)
     optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.0)
-    with progress(f"rank {rank}", task) as bar:
+    with progress(f"{size} processes", task, hidden=rank > 0) as bar:
         for epoch, batches in enumerate(schedule(task, RATES["rosa"])):
             if epoch > 0:
                 module.resample(epoch, optimizer=optimizer)

@@ -25,6 +25,8 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 from made_once import made_once
+from matplotlib.ticker import LogLocator
+from option_types import folder
 from tensordict import TensorDict
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor
@@ -148,10 +150,11 @@ def train_epoch(
         bar.update(ids.numel())
 
 
-def progress(name: str, task: Task) -> tqdm:
+def progress(name: str, task: Task, hidden: bool = False) -> tqdm:
     """Return a bar that counts tokens, so that its rate is tokens per second."""
     tokens = task.train[: len(task.train) // BATCH * BATCH].numel() * task.epochs
-    return tqdm(total=tokens, desc=name, unit="tok", unit_scale=True, dynamic_ncols=True)
+    options = {"unit": "tok", "unit_scale": True, "dynamic_ncols": True}
+    return tqdm(total=tokens, desc=name, disable=hidden, **options)
 
 
 def total_nll(logits: Tensor, ids: Tensor) -> Tensor:
@@ -285,6 +288,9 @@ def plot(results: dict[str, Result], path: Path) -> None:
     for (name, result), marker in zip(results.items(), "osD", strict=True):
         axes.plot(*zip(*result.curve, strict=True), marker=marker, markersize=4, label=name)
     axes.set(xlabel="steps", ylabel="held-out perplexity", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.minorticks_off()  # their labels would be powers of ten
     axes.set_title("GPT-2, from prose to source code")
     axes.grid(which="both", alpha=0.3)
     axes.legend()
@@ -331,8 +337,8 @@ def main() -> None:
     """Read the command line; an interruption is no error to be traced."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="a tiny model and a few dozen steps")
-    parser.add_argument("--cache", type=Path, default="runs/quickstart", help="the base model's")
-    parser.add_argument("--out", type=Path, default="runs/quickstart", help="for PNG and JSON")
+    parser.add_argument("--cache", type=folder, default="runs/quickstart", help="the base model's")
+    parser.add_argument("--out", type=folder, default="runs/quickstart", help="for PNG and JSON")
     args = parser.parse_args()
     logging.disable_progress_bar()  # of loading a model: there are enough bars
     try:

@@ -8,12 +8,15 @@ Adapts the base model of quickstart.py (trained once, and cached) to source code
 import argparse
 import importlib.util
 import math
-from pathlib import Path
+import sys
 from typing import Any
 
+import torch
+from option_types import folder, positive
 from quickstart import BATCH, RATES, SHORT, TARGETS, Base, Budget, base_and_task, cached_base
 from torch import Tensor
 from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 import rosa_func
 from rosa_func.module import RosaModule
@@ -45,15 +48,8 @@ class Bar(ProgressCallback):
             )
 
 
-def main() -> None:
+def train(args: argparse.Namespace, checkpoint: str | None) -> None:
     """Train, evaluate, export."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="a tiny model and a few dozen steps")
-    parser.add_argument("--every", type=int, help="steps between two resamples; else each epoch")
-    parser.add_argument("--resume", action="store_true", help="from the last checkpoint in --out")
-    parser.add_argument("--cache", type=Path, default="runs/quickstart", help="the base model's")
-    parser.add_argument("--out", type=Path, default="runs/trainer")
-    args = parser.parse_args()
     base, budget = SHORT if args.short else (Base(), Budget())
     model, task = base_and_task(cached_base(base, args.cache), base, budget)
 
@@ -70,6 +66,7 @@ def main() -> None:
         save_strategy="epoch",
         logging_steps=10,
         report_to="tensorboard" if has_tensorboard else "none",
+        dataloader_pin_memory=torch.accelerator.is_available(),  # else torch warns
     )
     trainer = Trainer(
         module,
@@ -81,11 +78,33 @@ def main() -> None:
     trainer.remove_callback(ProgressCallback)
     every = args.every or math.ceil(len(task.train) / BATCH)
     trainer.add_callback(Bar(BATCH * base.block, every))
-    trainer.train(resume_from_checkpoint=args.resume)
+    trainer.train(resume_from_checkpoint=checkpoint)
     loss = trainer.evaluate()["eval_loss"]
     merged = rosa_func.export.to_module(model, module.state)
     merged.save_pretrained(args.out / "merged")
     print(f"held-out perplexity {math.exp(loss):.2f}; merged model in {args.out / 'merged'}")
+
+
+def main() -> None:
+    """Read the command line; an interruption is no error to be traced."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--short", action="store_true", help="a tiny model and a few dozen steps")
+    add("--every", type=positive, help="steps between two resamples; else each epoch")
+    add("--resume", action="store_true", help="from the last checkpoint in --out")
+    add("--cache", type=folder, default="runs/quickstart", help="the base model's")
+    add("--out", type=folder, default="runs/trainer", help="for checkpoints and the merged model")
+    args = parser.parse_args()
+    checkpoint = get_last_checkpoint(args.out) if args.resume and args.out.exists() else None
+    if args.resume and checkpoint is None:
+        print(f"there is no checkpoint in {args.out}: the run starts anew")
+    try:
+        train(args, checkpoint)
+    except KeyboardInterrupt:
+        print(
+            "interrupted: --resume goes on from the last epoch that was finished", file=sys.stderr
+        )
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
+import matplotlib
 import pytest
 import torch
 from conftest import seeded, state_bytes
@@ -310,3 +311,84 @@ def _records(path: Path) -> list[dict[str, object]]:
 def _steps(path: Path) -> int:
     lines = path.read_text().splitlines() if path.exists() else []
     return sum('"event": "train"' in line for line in lines)
+
+
+def test_trainer_refuses_an_interval_of_no_steps(main: Main):
+    for every in (0, -2):
+        done = main("trainer", "--every", every)
+        assert done.code == 2
+        assert f"argument --every: expected an integer of at least 1, got '{every}'" in done.err
+
+
+def test_trainer_resumes_if_there_is_a_checkpoint_and_else_says_so(
+    main: Main,
+    example: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+):
+    seen: list[str | None] = []
+    monkeypatch.setattr(example("trainer"), "train", lambda args, last: seen.append(last))
+    for out in (tmp_path / "absent", tmp_path):
+        done = main("trainer", "--out", out, "--resume")
+        assert done == End(0, f"there is no checkpoint in {out}: the run starts anew\n", "")
+    (tmp_path / "checkpoint-8").mkdir()
+    assert main("trainer", "--out", tmp_path).out == ""
+    assert main("trainer", "--out", tmp_path, "--resume").out == ""
+    assert seen == [None, None, None, str(tmp_path / "checkpoint-8")]
+
+
+@pytest.mark.parametrize(("name", "inner"), [("quickstart", "run"), ("trainer", "train")])
+def test_an_interruption_is_one_line(
+    main: Main,
+    example: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    inner: str,
+):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(example(name), inner, interrupted)
+    done = main(name)
+    assert done.code == 130
+    assert done.out == ""
+    assert done.err.startswith("interrupted: ") and len(done.err.splitlines()) == 1
+
+
+def test_trainer_warns_of_nothing(main: Main, tmp_path: Path):
+    """A warning is an error here."""
+    done = main("trainer", "--short", "--every", 10, "--cache", tmp_path, "--out", tmp_path / "out")
+    assert done.code == 0
+    assert "held-out perplexity" in done.out
+    assert (tmp_path / "out" / "merged" / "model.safetensors").exists()
+
+
+def test_ddp_alone_names_its_launcher(main: Main, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RANK", raising=False)
+    done = main("ddp", "--short")
+    assert done.code == 1
+    assert done.err == "start the processes with: torchrun --nproc-per-node 2 examples/ddp.py"
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["quickstart --out", "quickstart --cache", "trainer --out", "trainer --cache", "ddp --cache"],
+)
+def test_a_file_is_no_folder(main: Main, script: str):
+    done = main(*script.split(), __file__)
+    assert done.code == 2
+    assert f"expected a folder, and {__file__} is a file" in done.err.splitlines()[-1]
+
+
+def test_the_figure_has_plain_numbers(example: Callable[[str], ModuleType], tmp_path: Path):
+    quickstart = example("quickstart")
+    curves = {name: [(0, 340.0), (8, 180.0 - i)] for i, name in enumerate("abc")}
+    results = {name: SimpleNamespace(curve=curve) for name, curve in curves.items()}
+    quickstart.plot(results, tmp_path / "figure.png")
+    axes = matplotlib.pyplot.gca()
+    low, high = axes.get_ylim()
+    ticks = zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+    shown = [label.get_text() for value, label in ticks if low <= value <= high]
+    assert shown == ["200", "250", "300"]
+    assert len(axes.get_yticks(minor=True)) == 0
+    matplotlib.pyplot.close()
