@@ -361,14 +361,15 @@ class TestGroups:
         assert all(leaf.requires_grad for leaf in named.values())
 
     def test_refusals(self):
-        state = rosa_func.init(make_model(), 2)
-        assert len(rosa_func.optim.groups(state)) == 2  # none in full
-        before = state_bytes(state)
-        with pytest.raises(ValueError, match="options of B have 'params'"):
-            rosa_func.optim.groups(state, A=None, B={"params": []})
-        with pytest.raises(ValueError, match="no tensor is left"):
-            rosa_func.optim.groups(state, A=None, B=None)
-        assert state_bytes(state) == before  # which has the flags
+        training, fresh = (rosa_func.init(make_model(), 2) for _ in range(2))
+        assert len(rosa_func.optim.groups(training)) == 2  # none in full
+        for state in (training, fresh):  # gradients are required of the first
+            before = state_bytes(state)  # which has the flags
+            with pytest.raises(ValueError, match="options of B have 'params'"):
+                rosa_func.optim.groups(state, A=None, B={"params": []})
+            with pytest.raises(ValueError, match="no tensor is left"):
+                rosa_func.optim.groups(state, A=None, B=None)
+            assert state_bytes(state) == before
 
 
 class TestRewarm:

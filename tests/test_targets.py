@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from conftest import gpt2, seeded, snapshot, state_bytes
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -104,6 +104,7 @@ def wide() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8), nn.Linear(4, 5))
 
 
+@example(29, 100)
 @given(st.integers(1, 99), st.integers(1, 200))
 def test_a_decimal_fraction_is_taken_as_written(hundredths, limit):
     """0.29 of 100 is 29, though the float next to 0.29 times 100 is 28.999999999999996."""
