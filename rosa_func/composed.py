@@ -51,8 +51,9 @@ class Composed(Tensor):
 def composed(R: Tensor, A: Tensor, B: Tensor) -> Composed:
     """Return a tensor that looks like R and stands for R + A B; A and B take R's dtype."""
     A, B = A.to(R.dtype), B.to(R.dtype)
-    plain = _is_plain(R) and torch.is_grad_enabled() and (A.requires_grad or B.requires_grad)
-    weight = (_Outside.apply(R, A, B) if plain else _nothing_like(R)).as_subclass(Composed)  # type: ignore[no-untyped-call]
+    trained = torch.is_grad_enabled() and (A.requires_grad or B.requires_grad)
+    seen = _Outside.apply(R, A, B) if trained and _is_eager() else _nothing_like(R)  # type: ignore[no-untyped-call]
+    weight: Composed = seen.as_subclass(Composed)
     weight.R, weight.A, weight.B = R, A, B
     return weight
 
@@ -148,11 +149,15 @@ def _left_gradient(rows: Tensor, d_inner: Tensor) -> Tensor:
 
 def _is_plain(x: Tensor) -> bool:
     """Tell whether neither a compiler, a transform, forward derivatives nor autocast is at work."""
+    return _is_eager() and not torch.is_autocast_enabled(x.device.type)
+
+
+def _is_eager() -> bool:
+    """Tell whether neither a compiler, a transform nor forward derivatives are at work."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or torch.is_autocast_enabled(x.device.type)
     )
 
 

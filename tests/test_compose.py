@@ -432,6 +432,17 @@ def test_code_with_a_backward_pass_of_its_own_gives_the_factors_their_gradients(
     assert distance(A.grad, dW @ B.T) <= 1e-5 and distance(B.grad, A.T @ dW) <= 1e-5
 
 
+def test_such_code_has_its_gradients_under_autocast_too():
+    model, x = seeded(lambda: Uses(OwnProduct.apply)), randn(4, 6)
+    state = perturbed(rosa_func.init(model, 2))
+    leaves = rosa_func.named_parameters(state)
+    with torch.autocast("cpu", torch.bfloat16):
+        rosa_func.call(model, state, x).square().sum().backward()
+    dW = weights_gradients(nn.Linear(6, 5), state, x)["weight"]
+    A, B = leaves["weight.A"], leaves["weight.B"]
+    assert distance(A.grad, dW @ B.T) <= 3e-2 and distance(B.grad, A.T @ dW) <= 3e-2
+
+
 def test_such_code_has_its_gradients_under_a_transform_too():
     model, x = seeded(lambda: Uses(OwnProduct.apply)), randn(4, 6)
     state = perturbed(rosa_func.init(model, 2))
