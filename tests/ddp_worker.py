@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import gpt2, seeded, token_ids
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import rosa_func
+from models import seeded, tiny_gpt2, token_ids
 from rosa_func import distributed, samplers
 from rosa_func.module import RosaModule
 from rosa_func.samplers import Site
@@ -31,7 +31,7 @@ def train(rank: int, size: int) -> dict[str, object]:
         decomposed.append(site.name)
         return samplers.random(W, r, site)
 
-    model = seeded(gpt2)
+    model = seeded(tiny_gpt2)
     module = RosaModule(model, rosa_func.init(model, 2, targets=TARGETS, train="ln_f"))
     wrapped = DistributedDataParallel(module) if size > 1 else module
     optimizer = torch.optim.SGD(module.parameters(), RATE)

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from conftest import randn
 from torch import Tensor, nn
 
 from examples.experiments import plan, task
+from models import randn
 
 RATES = [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
 METHODS = [

@@ -2,18 +2,19 @@
 
 import pytest
 import torch
-from conftest import gpt2, perturbed, seeded, token_ids
 from torch import nn
 
 import rosa_func
+from models import seeded, tiny_gpt2, token_ids
+from references import perturbed
 
 
 class TestBind:
     def test_generate_uses_the_state_and_the_model_is_put_back(self):
-        model = seeded(gpt2).eval()
+        model = seeded(tiny_gpt2).eval()
         state = perturbed(rosa_func.init(model, 2, targets=["wte", "c_attn", "c_fc"]))
         own = {name: (id(p), p._version) for name, p in model.named_parameters()}
-        merged = seeded(gpt2).eval()
+        merged = seeded(tiny_gpt2).eval()
         merged.load_state_dict(rosa_func.merge(state), strict=False)
         ids = token_ids(1, 3)
         options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -30,7 +31,7 @@ class TestBind:
         assert not torch.equal(model(ids).logits, logits)
 
     def test_an_exception_puts_the_model_back(self):
-        model = seeded(gpt2)
+        model = seeded(tiny_gpt2)
         own = [id(p) for p in model.parameters()]
         with (
             pytest.raises(RuntimeError, match="inside"),
@@ -40,7 +41,7 @@ class TestBind:
         assert [id(p) for p in model.parameters()] == own
 
     def test_a_state_of_another_model_is_refused(self):
-        state = rosa_func.init(seeded(gpt2), 2)
+        state = rosa_func.init(seeded(tiny_gpt2), 2)
         with (
             pytest.raises(KeyError, match="made from this model"),
             rosa_func.bind(nn.Linear(2, 2), state),

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import distance, gpt2, perturbed, seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from torch import nn
 
 import rosa_func
+from models import seeded, tiny_gpt2
+from references import perturbed, relative_distance
 from rosa_func import checkpoint
 
 
@@ -49,7 +50,7 @@ class TestDelta:
             assert abs(float(error) - stated) <= 2 * eps * float(D.norm())
         weights = checkpoint.apply_delta(model, change)
         assert weights.keys() == merged.keys()
-        assert all(distance(weights[name], merged[name]) <= 1e-6 for name in merged)
+        assert all(relative_distance(weights[name], merged[name]) <= 1e-6 for name in merged)
         assert torch.equal(weights["0.bias"], merged["0.bias"])
 
     def test_a_given_rank_truncates_at_the_eckart_young_error(self):
@@ -94,21 +95,21 @@ class TestDelta:
         # Both round one sum that is known to float32's precision: at a tie they may differ.
         differ = weights["0.weight"] != merged
         assert differ.float().mean() < 0.01
-        assert distance(weights["0.weight"], merged) < torch.finfo(dtype).eps
+        assert relative_distance(weights["0.weight"], merged) < torch.finfo(dtype).eps
 
     def test_tied_and_convolution_weights(self, tmp_path: Path):
-        model = seeded(lambda: gpt2(layers=1))
+        model = seeded(lambda: tiny_gpt2(layers=1))
         state = perturbed(rosa_func.init(model, 2, targets=["wte", "c_attn"], train="ln_f"))
         checkpoint.save(tmp_path / "delta.safetensors", checkpoint.delta(state, model), base="tiny")
         change, extra = checkpoint.load(tmp_path / "delta.safetensors")
         assert extra == {"base": "tiny"}
         weights = checkpoint.apply_delta(model, change)
         merged = rosa_func.merge(state)
-        assert all(distance(weights[name], merged[name]) <= 1e-6 for name in merged)
+        assert all(relative_distance(weights[name], merged[name]) <= 1e-6 for name in merged)
         conv = seeded(lambda: nn.Sequential(nn.Conv2d(3, 5, 2)))
         state = perturbed(rosa_func.init(conv, 2, targets="*weight"))
         weights = checkpoint.apply_delta(conv, checkpoint.delta(state, conv))
-        assert distance(weights["0.weight"], rosa_func.merge(state)["0.weight"]) <= 1e-6
+        assert relative_distance(weights["0.weight"], rosa_func.merge(state)["0.weight"]) <= 1e-6
 
 
 class TestRefusals:

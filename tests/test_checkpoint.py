@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randn, seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -19,6 +18,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 import rosa_func
+from models import randn, seeded
 from rosa_func import checkpoint, tree
 from rosa_func.leaves import leaves
 

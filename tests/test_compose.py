@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import dense, distance, gpt2, perturbed, randn, seeded, snapshot, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
@@ -13,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import rosa_func
+from models import randn, seeded, tiny_gpt2, token_ids
+from references import dense_weights, model_snapshot, perturbed, relative_distance
 from rosa_func import samplers
 from rosa_func.composed import Composed, composed
 
@@ -114,7 +115,7 @@ def setting(kind: str, dtype: torch.dtype, sampler: str = "random", key: int = 0
 
 def weights_gradients(module: nn.Module, state: TensorDict, x: Tensor) -> dict[str, Tensor]:
     """Return dW of the dense module for each adapted weight, of the loss used below."""
-    weights = {name: weight.detach() for name, weight in dense(state).items()}
+    weights = {name: weight.detach() for name, weight in dense_weights(state).items()}
     adapted = {name: weights[name].requires_grad_() for name in state["input_dim"].keys()}
     loss = functional_call(module, weights, (x,)).square().sum()
     return dict(zip(adapted, torch.autograd.grad(loss, list(adapted.values())), strict=True))
@@ -134,7 +135,9 @@ def test_gradients_are_those_of_the_dense_weight_through_the_product(
     module, state, x = setting(kind, dtype, sampler, key, r)
     leaves = rosa_func.named_parameters(state)
     result = rosa_func.call(module, state, x)
-    assert distance(result, functional_call(module, dense(state), (x,))) <= relative
+    assert (
+        relative_distance(result, functional_call(module, dense_weights(state), (x,))) <= relative
+    )
     result.square().sum().backward()
     for name, dW in weights_gradients(module, state, x).items():
         A, B, dW = leaves[f"{name}.A"], leaves[f"{name}.B"], dW.flatten(1)
@@ -178,7 +181,7 @@ def test_autocast_computes_in_its_dtype():
     with torch.autocast("cpu", torch.bfloat16):
         result, expected = rosa_func.call(module, state, x), module(x)
     assert result.dtype == expected.dtype == torch.bfloat16
-    assert distance(result, expected) <= 10 * torch.finfo(torch.bfloat16).eps
+    assert relative_distance(result, expected) <= 10 * torch.finfo(torch.bfloat16).eps
     result.float().sum().backward()
     assert {leaf.grad.dtype for leaf in leaves} == {torch.float32}
 
@@ -198,7 +201,7 @@ def pair(m: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float64):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_metadata_is_that_of_the_weight(dtype):
-    model = seeded(gpt2).to(dtype)
+    model = seeded(tiny_gpt2).to(dtype)
     state = rosa_func.init(model, 2)
     weights, parameters = rosa_func.compose(state), dict(model.named_parameters())
     assert weights.keys() == parameters.keys()
@@ -304,34 +307,34 @@ BIAS = "transformer.ln_f.bias"
     ids=["removed", "added", "reshaped"],
 )
 def test_call_refuses_a_state_that_does_not_fit(change, error, match):
-    model = seeded(gpt2)
+    model = seeded(tiny_gpt2)
     state = rosa_func.init(model, 2)
     change(state["frozen"])
-    before = snapshot(model)
+    before = model_snapshot(model)
     with pytest.raises(error, match=match):
         rosa_func.call(model, state, token_ids(1, 4))
-    assert snapshot(model) == before
+    assert model_snapshot(model) == before
 
 
 def test_call_names_both_shapes_of_another_model():
-    state = rosa_func.init(seeded(gpt2), 2)
-    wider = seeded(lambda: gpt2(heads=4))
+    state = rosa_func.init(seeded(tiny_gpt2), 2)
+    wider = seeded(lambda: tiny_gpt2(heads=4))
     with pytest.raises(ValueError, match=r"wte\.weight .*\(31, 12\).*\(31, 16\)"):
         rosa_func.call(wider, state, token_ids(1, 4))
     with pytest.raises(KeyError, match=r"has not"):
-        rosa_func.call(seeded(lambda: gpt2(layers=1)), state, token_ids(1, 4))
+        rosa_func.call(seeded(lambda: tiny_gpt2(layers=1)), state, token_ids(1, 4))
 
 
 @pytest.mark.parametrize("train", [(), "1"])
 def test_batch_norm_in_training_does_not_write_into_the_model_or_the_state(train):
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).train()
     state, x = rosa_func.init(model, 2, train=train), randn(5, 6)
-    before, buffers = snapshot(model), {n: b.clone() for n, b in model.named_buffers()}
+    before, buffers = model_snapshot(model), {n: b.clone() for n, b in model.named_buffers()}
     result = rosa_func.call(model, state, x)
-    assert snapshot(model) == before
+    assert model_snapshot(model) == before
     assert all(torch.equal(state["frozen", n], b) for n, b in buffers.items())
-    assert distance(result, model(x)) <= 1e-5  # by the statistics of the batch
-    assert snapshot(model) != before  # the model's own forward pass does write
+    assert relative_distance(result, model(x)) <= 1e-5  # by the statistics of the batch
+    assert model_snapshot(model) != before  # the model's own forward pass does write
 
 
 class TwoNames(nn.Module):
@@ -358,19 +361,19 @@ def test_a_module_under_two_names_has_one_weight_and_keeps_it(tied, training):
     state = perturbed(rosa_func.init(model, 2))
     names = ["first.weight"] if tied else ["first.weight", "other.weight"]
     assert list(state["trainable"].keys()) == names
-    before = snapshot(model)
+    before = model_snapshot(model)
     result = rosa_func.call(model, state, x)
-    assert snapshot(model) == before
+    assert model_snapshot(model) == before
     rosa_func.parameters(state)
     rosa_func.call(model, state, x).sum().backward()
     with rosa_func.bind(model, state) as bound:
         assert torch.equal(bound(x), result)
     with pytest.raises(RuntimeError, match="no rows"):
         rosa_func.call(model, state, x[:0])
-    assert snapshot(model) == before
+    assert model_snapshot(model) == before
     other = seeded(lambda: TwoNames(tied)).train(training)
     other.load_state_dict(rosa_func.merge(state), strict=False)
-    assert distance(result, other(x)) <= 1e-5
+    assert relative_distance(result, other(x)) <= 1e-5
     skeleton = rosa_func.skeleton(model)
     assert torch.equal(rosa_func.call(skeleton, state, x), result)
     assert all(p.is_meta for p in skeleton.parameters())
@@ -380,10 +383,10 @@ def test_buffers_of_two_modules_may_be_one():
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4)).train()
     model[2].running_mean = model[1].running_mean
     state, x = rosa_func.init(model, 2), randn(5, 6)
-    before = snapshot(model)
+    before = model_snapshot(model)
     result = rosa_func.call(model, state, x)
-    assert snapshot(model) == before
-    assert distance(result, model(x)) <= 1e-5
+    assert model_snapshot(model) == before
+    assert relative_distance(result, model(x)) <= 1e-5
 
 
 # What __torch_function__ is not asked about.
@@ -429,7 +432,9 @@ def test_code_with_a_backward_pass_of_its_own_gives_the_factors_their_gradients(
     rosa_func.call(model, state, x).square().sum().backward()
     dW = weights_gradients(nn.Linear(6, 5), state, x.detach())["weight"]
     A, B = leaves["weight.A"], leaves["weight.B"]
-    assert distance(A.grad, dW @ B.T) <= 1e-5 and distance(B.grad, A.T @ dW) <= 1e-5
+    assert (
+        relative_distance(A.grad, dW @ B.T) <= 1e-5 and relative_distance(B.grad, A.T @ dW) <= 1e-5
+    )
 
 
 def test_such_code_has_its_gradients_under_autocast_too():
@@ -440,7 +445,9 @@ def test_such_code_has_its_gradients_under_autocast_too():
         rosa_func.call(model, state, x).square().sum().backward()
     dW = weights_gradients(nn.Linear(6, 5), state, x)["weight"]
     A, B = leaves["weight.A"], leaves["weight.B"]
-    assert distance(A.grad, dW @ B.T) <= 3e-2 and distance(B.grad, A.T @ dW) <= 3e-2
+    assert (
+        relative_distance(A.grad, dW @ B.T) <= 3e-2 and relative_distance(B.grad, A.T @ dW) <= 3e-2
+    )
 
 
 def test_such_code_has_its_gradients_under_a_transform_too():
@@ -454,8 +461,8 @@ def test_such_code_has_its_gradients_under_a_transform_too():
     found = torch.func.grad(loss)(state["trainable"])["weight"]
     dW = weights_gradients(nn.Linear(6, 5), state, x)["weight"]
     factors = state["trainable", "weight"]
-    assert distance(found["A"], dW @ factors["B"].T) <= 1e-5
-    assert distance(found["B"], factors["A"].T @ dW) <= 1e-5
+    assert relative_distance(found["A"], dW @ factors["B"].T) <= 1e-5
+    assert relative_distance(found["B"], factors["A"].T @ dW) <= 1e-5
 
 
 def test_code_that_subclasses_cannot_follow_sees_no_weight_without_its_change():

@@ -1,11 +1,11 @@
 """Counts of values."""
 
-from conftest import gpt2, seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import rosa_func
+from models import seeded, tiny_gpt2
 
 
 @given(m=st.integers(1, 20), n=st.integers(1, 20), data=st.data())
@@ -22,7 +22,7 @@ def test_an_adapted_weight_trains_r_of_each_side(m, n, data):
 
 
 def test_sums_are_those_of_the_leaves_and_of_the_model():
-    model = seeded(gpt2)
+    model = seeded(tiny_gpt2)
     state = rosa_func.init(model, {"wte": 2, "*": 3}, targets=["wte", "c_attn"], train="*ln_*")
     counted = rosa_func.count(state)
     assert counted.trainable == sum(leaf.numel() for leaf in rosa_func.parameters(state))

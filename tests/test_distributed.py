@@ -5,13 +5,13 @@ import subprocess
 import sys
 from typing import Any
 
-import ddp_worker
 import pytest
 import torch
-from conftest import state_bytes
 from torch import Tensor, nn
 
+import ddp_worker
 import rosa_func
+from references import state_bytes
 from rosa_func import distributed
 
 

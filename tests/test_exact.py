@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import randn
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from models import randn
 from rosa_func.exact import SUPPORTED, compensation_dtype, factor_dtype, join, split, two_sum
 
 SIZES = st.integers(1, 9)

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import matplotlib
 import pytest
 import torch
-from conftest import seeded, state_bytes
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from models import seeded
+from references import state_bytes
 from rosa_func import checkpoint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from small_experiment import METHODS, RATES, SETTING, Seen, experiment
 from torch import Tensor, nn
 
 from examples.experiments import adapting, plan, records, report, task, training
+from small_experiment import METHODS, RATES, SETTING, Seen, experiment
 
 ROOT = Path(__file__).parents[1]
 

@@ -4,11 +4,11 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from small_experiment import METHODS, RATES, experiment
 
 from examples.experiments import __main__ as command
 from examples.experiments import needs, plan, records, runner
 from examples.experiments import tiny as small
+from small_experiment import METHODS, RATES, experiment
 
 
 @pytest.fixture

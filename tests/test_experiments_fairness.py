@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_experiment import METHODS, RATES, SETTING, Seen, experiment
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from tqdm import tqdm
@@ -19,6 +18,7 @@ from transformers import AutoTokenizer
 
 from examples.experiments import adapting, plan, runner, task, training
 from examples.experiments import tiny as small
+from small_experiment import METHODS, RATES, SETTING, Seen, experiment
 
 RATE = 1e-2
 USUAL = [0.5, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2]  # of the rate, in the seven steps of SETTING

@@ -6,9 +6,9 @@ import shutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_experiment import METHODS, RATES, SETTING, experiment
 
 from examples.experiments import adapting, plan
+from small_experiment import METHODS, RATES, SETTING, experiment
 
 
 class TestSearch:

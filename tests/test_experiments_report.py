@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_experiment import METHODS, RATES, SETTING, experiment
 
 from examples.experiments import figures, plan, records, report
+from small_experiment import METHODS, RATES, SETTING, experiment
 
 
 class TestReport:

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randn
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,6 +13,7 @@ from transformers import BertModel
 import rosa_func
 from examples.experiments import draws, generation, glue, text
 from examples.experiments import tiny as small
+from models import randn
 from rosa_func import samplers
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import aliases, gpt2, perturbed, seeded, snapshot, stock, storages, token_ids
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tensordict import TensorDict
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel
 
 import rosa_func
+from models import seeded, stock_model, tiny_gpt2, token_ids
+from references import main_output, model_snapshot, perturbed, storage_pointers, tied_names
 from rosa_func import export
 
 # peft warns of tied weights, and of its own and transformers' renamings.
@@ -39,25 +40,23 @@ class TestToModule:
     @pytest.mark.parametrize("name", ["gpt2-small", "llama", "opt", "bert", "t5", "encoder"])
     @pytest.mark.parametrize("weightless", [False, True])
     def test_it_is_a_stock_model_with_the_merged_weights(self, name: str, weightless: bool):
-        case = stock(name)
+        case = stock_model(name)
         state = after_cycles(case.model)
-        before = snapshot(case.model)
+        before = model_snapshot(case.model)
         model = export.to_module(
             rosa_func.skeleton(case.model) if weightless else case.model, state
         )
-        assert snapshot(case.model) == before
+        assert model_snapshot(case.model) == before
         assert type(model) is type(case.model)
-        assert aliases(model) == aliases(case.model)
+        assert tied_names(model) == tied_names(case.model)
         merged = rosa_func.merge(state)
         assert all(torch.equal(p, merged[n]) for n, p in model.named_parameters())
-        assert not storages(model.parameters()) & storages(state["frozen"].values())
-        called = rosa_func.call(case.model, state, *case.args, **case.kwargs)
-        called = called if isinstance(called, Tensor) else called[0]
-        own = model(*case.args, **case.kwargs)
-        torch.testing.assert_close(own if isinstance(own, Tensor) else own[0], called)
+        assert not storage_pointers(model.parameters()) & storage_pointers(state["frozen"].values())
+        called = main_output(rosa_func.call(case.model, state, *case.args, **case.kwargs))
+        torch.testing.assert_close(main_output(model(*case.args, **case.kwargs)), called)
 
     def test_it_is_saved_loaded_and_generates(self, tmp_path: Path):
-        case = stock("gpt2-small")
+        case = stock_model("gpt2-small")
         model = export.to_module(case.model, after_cycles(case.model, targets=WITH_EMBEDDINGS))
         model.save_pretrained(tmp_path)
         loaded = GPT2LMHeadModel.from_pretrained(tmp_path)
@@ -83,16 +82,16 @@ class TestToPeft:
     def test_stock_peft_computes_what_call_computes(
         self, tmp_path: Path, name: str, options: dict[str, Any]
     ):
-        case = stock(name)
+        case = stock_model(name)
         state = after_cycles(case.model, **options)
-        before = snapshot(case.model)
+        before = model_snapshot(case.model)
         errors = export.to_peft(tmp_path, case.model, state)
-        assert snapshot(case.model) == before
+        assert model_snapshot(case.model) == before
         assert errors.keys() == set(state["input_dim"].keys())
         assert max(errors.values()) <= 1e-6
         expected = rosa_func.call(case.model, state, *case.args, **case.kwargs)[0].detach()
         assert not torch.allclose(logits(case.model, case), expected, atol=1e-3)
-        adapted = PeftModel.from_pretrained(stock(name).model, tmp_path)
+        adapted = PeftModel.from_pretrained(stock_model(name).model, tmp_path)
         scale = float(expected.abs().max().clamp_min(1.0))
         assert float((logits(adapted, case) - expected).abs().max()) <= 1e-5 * scale
         if "wte" in options.get("targets", ()):
@@ -101,7 +100,7 @@ class TestToPeft:
         assert float((logits(merged, case) - expected).abs().max()) <= 1e-5 * scale
 
     def test_a_given_rank_truncates_and_says_by_how_much(self, tmp_path: Path):
-        case = stock("bert")
+        case = stock_model("bert")
         state = after_cycles(case.model, r=3, cycles=3)
         errors = export.to_peft(tmp_path, case.model, state, rank=2)
         tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -134,15 +133,19 @@ class TestToPeft:
         assert kinds["more.body.0"] == "torch.nn.modules.linear"
 
     def test_an_untrained_state_is_an_adapter_that_changes_nothing(self, tmp_path: Path):
-        case = stock("llama")
+        case = stock_model("llama")
         export.to_peft(tmp_path, case.model, rosa_func.init(case.model, 2, exact=True))
-        adapted = PeftModel.from_pretrained(stock("llama").model, tmp_path)
+        adapted = PeftModel.from_pretrained(stock_model("llama").model, tmp_path)
         assert torch.equal(logits(adapted, case), logits(case.model, case))
 
     @pytest.mark.parametrize(
         ("model", "options", "message"),
         [
-            (gpt2, {"train": "*c_attn.bias"}, r"attn.c_attn.bias was trained .* has an adapter"),
+            (
+                tiny_gpt2,
+                {"train": "*c_attn.bias"},
+                r"attn.c_attn.bias was trained .* has an adapter",
+            ),
             (
                 lambda: nn.Sequential(nn.Conv2d(3, 4, 2)),
                 {"targets": "*weight"},
@@ -177,7 +180,7 @@ class TestToPeft:
         assert not (tmp_path / "adapter").exists()
 
     def test_a_skeleton_has_no_weights_to_compare_with(self, tmp_path: Path):
-        model = seeded(gpt2)
+        model = seeded(tiny_gpt2)
         state = rosa_func.init(model, 2)
         with pytest.raises(ValueError, match="meta device"):
             export.to_peft(tmp_path, rosa_func.skeleton(model), state)
@@ -185,7 +188,7 @@ class TestToPeft:
 
 def peft_adapter(folder: Path, name: str, **options: Any) -> Tensor:
     """Write an adapter with random factors by peft itself; return its logits."""
-    case = stock(name)
+    case = stock_model(name)
 
     def build() -> Any:
         adapted = get_peft_model(case.model, LoraConfig(**options)).eval()
@@ -226,12 +229,14 @@ class TestFromPeft:
         self, tmp_path: Path, name: str, options: dict[str, Any]
     ):
         expected = peft_adapter(tmp_path, name, **options)
-        case = stock(name)
-        before = snapshot(case.model)
+        case = stock_model(name)
+        before = model_snapshot(case.model)
         state = export.from_peft(case.model, tmp_path)
         called = rosa_func.call(case.model, state, *case.args, **case.kwargs)[0]
         torch.testing.assert_close(called.detach(), expected, rtol=1e-5, atol=1e-5)
-        assert storages(state["frozen"].values()) <= storages(case.model.parameters())
+        assert storage_pointers(state["frozen"].values()) <= storage_pointers(
+            case.model.parameters()
+        )
         optimizer = torch.optim.Adam(rosa_func.parameters(state), 0.01)
         rosa_func.call(case.model, state, *case.args, **case.kwargs)[0].square().mean().backward()
         optimizer.step()
@@ -242,11 +247,11 @@ class TestFromPeft:
             rtol=1e-4,
             atol=1e-4,
         )
-        assert snapshot(case.model) == before
+        assert model_snapshot(case.model) == before
 
     @pytest.mark.parametrize("targets", [["c_attn"], WITH_EMBEDDINGS])
     def test_there_and_back(self, tmp_path: Path, targets: list[str]):
-        case = stock("gpt2-small")
+        case = stock_model("gpt2-small")
         state = after_cycles(case.model, targets=targets, train="ln_f")
         export.to_peft(tmp_path, case.model, state)
         back = rosa_func.merge(export.from_peft(case.model, tmp_path))
@@ -255,7 +260,7 @@ class TestFromPeft:
 
     def test_sixteen_bit_models(self, tmp_path: Path):
         peft_adapter(tmp_path, "llama", r=2, target_modules=["q_proj"])
-        model = stock("llama", torch.bfloat16).model
+        model = stock_model("llama", torch.bfloat16).model
         state = export.from_peft(model, tmp_path)
         name = "model.layers.0.self_attn.q_proj.weight"
         assert state["trainable", name, "A"].dtype == torch.float32
@@ -278,18 +283,18 @@ class TestFromPeftRefusals:
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=f"not plain LoRA: {message}"):
-            export.from_peft(stock("llama").model, tmp_path)
+            export.from_peft(stock_model("llama").model, tmp_path)
 
     def test_another_model_a_half_tie_and_no_files(self, tmp_path: Path):
         with pytest.raises(FileNotFoundError, match=r"adapter_config.json"):
             export.from_peft(nn.Linear(2, 2), tmp_path)
         peft_adapter(tmp_path, "llama", r=2, target_modules=["q_proj"])
         with pytest.raises(KeyError, match=r"lora_A\.weight, which the model has not"):
-            export.from_peft(stock("gpt2-small").model, tmp_path)
+            export.from_peft(stock_model("gpt2-small").model, tmp_path)
         half = tmp_path / "half"
         peft_adapter(half, "gpt2-small", r=2, target_modules=["wte"])
         with pytest.raises(ValueError, match=r"wte.weight, lm_head.weight are one tied weight"):
-            export.from_peft(stock("gpt2-small").model, half)
+            export.from_peft(stock_model("gpt2-small").model, half)
 
 
 def test_a_head_trained_in_full_goes_out_and_comes_back(tmp_path: Path):

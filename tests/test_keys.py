@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_samplers import ALL
 from torch import nn
 
 import rosa_func
 from rosa_func import samplers
 from rosa_func.keys import generator
+from test_samplers import ALL
 
 SAMPLERS = st.sampled_from(ALL)
 DRAWN = [samplers.random, samplers.projection, samplers.lora, samplers.additive]  # not by size

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import state_bytes
-from test_targets import small
 
 import rosa_func
+from references import state_bytes
+from test_targets import small
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import global_state, gpt2, output, seeded, state_bytes, stock
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Model
 
 import rosa_func
+from models import seeded, stock_model, tiny_gpt2
+from references import global_state, main_output, state_bytes
 
 PEAK = """
 import sys, torch, rosa_func
@@ -38,7 +39,7 @@ class TestEquality:
     def test_the_state_is_that_of_init_and_the_skeleton_computes(
         self, tmp_path: Path, name: str, shards: bool
     ):
-        case = stock(name)
+        case = stock_model(name)
         case.model.save_pretrained(tmp_path, max_shard_size="10KB" if shards else "1GB")
         assert (tmp_path / "model.safetensors.index.json").exists() == shards
         before = global_state()
@@ -49,13 +50,13 @@ class TestEquality:
         assert all(p.is_meta for p in model.parameters())
         assert not model.training
         one, other = (
-            output(rosa_func.call(used, state, *case.args, **case.kwargs))
+            main_output(rosa_func.call(used, state, *case.args, **case.kwargs))
             for used in (model, case.model)
         )
         assert torch.equal(one, other)
 
     def test_options_and_dtypes(self, tmp_path: Path):
-        model = seeded(gpt2).to(torch.bfloat16)
+        model = seeded(tiny_gpt2).to(torch.bfloat16)
         model.save_pretrained(tmp_path)
         options: dict[str, Any] = {"targets": ["wte", "c_attn"], "train": "ln_f", "exact": True}
         options["sampler"] = rosa_func.samplers.top
@@ -67,7 +68,7 @@ class TestEquality:
         assert {p.dtype for p in weightless.parameters()} == {torch.float32}
 
     def test_a_backbone_stored_without_its_prefix_is_found(self, tmp_path: Path):
-        model = seeded(gpt2)
+        model = seeded(tiny_gpt2)
         model.save_pretrained(tmp_path)
         file = tmp_path / "model.safetensors"
         tensors = {k.removeprefix("transformer."): t for k, t in load_file(file).items()}
@@ -79,7 +80,7 @@ class TestEquality:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_peak_is_the_state_and_the_decompositions_in_work(tmp_path: Path):
     sizes: Any = {"n_embd": 512, "n_head": 8, "n_layer": 12, "vocab_size": 30_000}
-    model = seeded(lambda: gpt2(**{"n_positions": 64, **sizes}, initializer_range=0.02))
+    model = seeded(lambda: tiny_gpt2(**{"n_positions": 64, **sizes}, initializer_range=0.02))
     model.save_pretrained(tmp_path)
     command = [sys.executable, "-c", PEAK, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -92,7 +93,7 @@ class TestRefusals:
     def test_what_is_missing_is_named(self, tmp_path: Path):
         with pytest.raises(FileNotFoundError, match=r"neither .*model\.safetensors nor"):
             rosa_func.init_from(tmp_path, 2)
-        model = seeded(gpt2)
+        model = seeded(tiny_gpt2)
         model.save_pretrained(tmp_path)
         file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
         tensors = load_file(file)
@@ -114,7 +115,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float8_e4m3fn])
     def test_a_stored_weight_of_a_dtype_that_cannot_be_split(self, tmp_path: Path, dtype):
-        seeded(gpt2).save_pretrained(tmp_path)
+        seeded(tiny_gpt2).save_pretrained(tmp_path)
         file, name = tmp_path / "model.safetensors", "transformer.h.0.attn.c_attn.weight"
         tensors = load_file(file)
         save_file({**tensors, name: tensors[name].to(dtype)}, file)
@@ -124,18 +125,18 @@ class TestRefusals:
             rosa_func.init_from(tmp_path, 2, dtype="float32")
 
     def test_weights_that_transformers_renames_while_loading_are_left_to_it(self, tmp_path: Path):
-        stock("vit").model.save_pretrained(tmp_path)
+        stock_model("vit").model.save_pretrained(tmp_path)
         with pytest.raises(KeyError, match="from_pretrained, which knows old and new names"):
             rosa_func.init_from(tmp_path, 2)
 
     def test_arguments_are_refused_as_by_init(self, tmp_path: Path):
-        seeded(gpt2).save_pretrained(tmp_path)
+        seeded(tiny_gpt2).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="larger than min"):
             rosa_func.init_from(tmp_path, 100)
         with pytest.raises(ValueError, match="matches no parameter"):
             rosa_func.init_from(tmp_path, 2, targets="c_atn")
 
     def test_a_backbone_alone_is_loaded_as_its_own_class(self, tmp_path: Path):
-        seeded(lambda: GPT2Model(gpt2().config)).save_pretrained(tmp_path)
+        seeded(lambda: GPT2Model(tiny_gpt2().config)).save_pretrained(tmp_path)
         model, _ = rosa_func.init_from(tmp_path, 2)
         assert type(model) is GPT2Model

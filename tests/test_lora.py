@@ -5,15 +5,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randn, seeded
 from hypothesis import given
 from hypothesis import strategies as st
-from test_state import BUILD, LAYOUTS, SEEDS, SIZES, adapt, layer
 from torch import Tensor
 
 import rosa_func
+from models import randn, seeded
 from rosa_func import samplers
 from rosa_func.exact import SUPPORTED
+from test_state import BUILD, LAYOUTS, SEEDS, SIZES, adapt, layer
 
 # {layout: (the input of a layer whose weight is m x n, what a LoRA adds to its output)}
 PLAIN: dict[

@@ -1,11 +1,12 @@
 """`method` binds the options of `init` and `resample`, and nothing else."""
 
 import pytest
-from conftest import gpt2, seeded, state_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 
 import rosa_func
+from models import seeded, tiny_gpt2
+from references import state_bytes
 from rosa_func import samplers
 
 
@@ -16,7 +17,7 @@ from rosa_func import samplers
     key=st.integers(),
 )
 def test_it_is_init_and_resample_with_their_options_bound(r, sampler, exact, key):
-    model = seeded(gpt2)
+    model = seeded(tiny_gpt2)
     options = {"sampler": sampler, "targets": ["c_attn", "wte"], "train": "ln_f", "exact": exact}
     init, resample = rosa_func.method(r, **options)
     state = init(model, key=key)
@@ -27,13 +28,13 @@ def test_it_is_init_and_resample_with_their_options_bound(r, sampler, exact, key
 
 
 def test_its_parts_have_names_and_options_can_be_overridden():
-    model, bound = seeded(gpt2), rosa_func.method(2, sampler=samplers.top)
+    model, bound = seeded(tiny_gpt2), rosa_func.method(2, sampler=samplers.top)
     state = bound.resample(bound.init(model), 1, r=3, sampler=samplers.lora)
     assert state["trainable", "transformer.h.0.attn.c_attn.weight", "A"].shape == (12, 3)
 
 
 def test_errors_come_through():
     with pytest.raises(TypeError, match="int or a fraction"):
-        rosa_func.method("2").init(seeded(gpt2))
+        rosa_func.method("2").init(seeded(tiny_gpt2))
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'r'"):
         rosa_func.method(sampler=samplers.top)

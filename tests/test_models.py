@@ -8,22 +8,6 @@ from itertools import cycle, product
 
 import pytest
 import torch
-from conftest import (
-    NAMES,
-    Case,
-    aliases,
-    distance,
-    global_state,
-    gpt2,
-    output,
-    perturbed,
-    seeded,
-    snapshot,
-    state_bytes,
-    stock,
-    storages,
-    token_ids,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
@@ -32,6 +16,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import BertConfig, BertForSequenceClassification
 
 import rosa_func
+from models import STOCK_NAMES, ModelCall, seeded, stock_model, tiny_gpt2, token_ids
+from references import (
+    global_state,
+    main_output,
+    model_snapshot,
+    perturbed,
+    relative_distance,
+    state_bytes,
+    storage_pointers,
+    tied_names,
+)
 from rosa_func import samplers
 
 SAMPLERS = ["random", "top", "bottom", "projection", "lora", "additive"]
@@ -43,17 +38,17 @@ ranks = st.sampled_from([1, 3, 0.2, 0.5])
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return distance(a, b) <= EPSILONS * torch.finfo(b.dtype).eps
+    return relative_distance(a, b) <= EPSILONS * torch.finfo(b.dtype).eps
 
 
-def called(case: Case, state: TensorDict) -> torch.Tensor:
-    return output(rosa_func.call(case.model, state, *case.args, **case.kwargs))
+def called(case: ModelCall, state: TensorDict) -> torch.Tensor:
+    return main_output(rosa_func.call(case.model, state, *case.args, **case.kwargs))
 
 
 # The function stays the same.
 
 
-CASES = list(product(NAMES, ["sdpa", "eager"], [False, True]))
+CASES = list(product(STOCK_NAMES, ["sdpa", "eager"], [False, True]))
 PAIRS = list(product(SAMPLERS, SAMPLERS))
 assert len(CASES) >= len(PAIRS)  # so that every sampler comes before and after every other
 
@@ -67,9 +62,9 @@ assert len(CASES) >= len(PAIRS)  # so that every sampler comes before and after 
 def test_same_output_after_init_and_after_resample(
     name, attention, training, before, after, r, key, dtype
 ):
-    case = stock(name, dtype, attention)
+    case = stock_model(name, dtype, attention)
     case.model.train(training)
-    expected = case.stock()
+    expected = case.own_output()
     first, second = getattr(samplers, before), getattr(samplers, after)
     state = rosa_func.init(case.model, r, key=key, sampler=first)
     assert close(called(case, state), expected)
@@ -77,28 +72,28 @@ def test_same_output_after_init_and_after_resample(
     assert close(called(case, state), expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", STOCK_NAMES)
 def test_a_trained_state_is_the_same_function_merged_and_resampled(name):
-    case = stock(name, torch.float64)
+    case = stock_model(name, torch.float64)
     state = perturbed(rosa_func.init(case.model, 2))
     before = called(case, state)
-    assert not close(before, case.stock())
+    assert not close(before, case.own_output())
     assert close(called(case, rosa_func.resample(state, 1)), before)
     merged = copy.deepcopy(case.model)
     missing, unexpected = merged.load_state_dict(rosa_func.merge(state), strict=False)
     tied = {alias for alias in merged.state_dict()} - {name for name, _ in named_tensors(merged)}
     assert set(missing) == tied and not unexpected
-    assert close(Case(merged, case.args, case.kwargs).stock(), before)
+    assert close(ModelCall(merged, case.args, case.kwargs).own_output(), before)
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", STOCK_NAMES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_lora_leaves_the_output_bit_for_bit(name, attention):
-    case = stock(name, attention=attention)
+    case = stock_model(name, attention=attention)
     state = rosa_func.init(case.model, 2, sampler=samplers.lora)
     # Both must take the same kernels. In eval mode nn.TransformerEncoder fuses its layers where all
     # weights are plain; sdpa takes another kernel when T5's position bias requires a gradient, and
@@ -106,7 +101,7 @@ def test_lora_leaves_the_output_bit_for_bit(name, attention):
     case.model.requires_grad_(False)
     case.model.train(name == "encoder")
     with torch.no_grad():
-        assert torch.equal(called(case, state), case.stock())
+        assert torch.equal(called(case, state), case.own_output())
 
 
 # Gradients.
@@ -114,7 +109,7 @@ def test_lora_leaves_the_output_bit_for_bit(name, attention):
 
 @pytest.mark.parametrize("name, attention, training", CASES)
 def test_backward_gives_gradients_on_all_leaves(name, attention, training):
-    case = stock(name, attention=attention)
+    case = stock_model(name, attention=attention)
     case.model.train(training)
     state = rosa_func.init(case.model, 2)
     leaves = rosa_func.named_parameters(state)
@@ -127,7 +122,7 @@ def test_backward_gives_gradients_on_all_leaves(name, attention, training):
 # Purity.
 
 
-@pytest.mark.parametrize("name, sampler", list(zip(NAMES, cycle(SAMPLERS), strict=False)))
+@pytest.mark.parametrize("name, sampler", list(zip(STOCK_NAMES, cycle(SAMPLERS), strict=False)))
 @settings(max_examples=3)
 @given(
     key=keys,
@@ -138,10 +133,10 @@ def test_backward_gives_gradients_on_all_leaves(name, attention, training):
 def test_every_function_leaves_the_model_its_input_and_the_globals(
     name, sampler, key, training, frozen, exact
 ):
-    case = stock(name)
+    case = stock_model(name)
     model = case.model.train(training).requires_grad_(not frozen)
     model.register_forward_hook(lambda *_: None)
-    model_before, globals_before = snapshot(model), global_state()
+    model_before, globals_before = model_snapshot(model), global_state()
     draw = getattr(samplers, sampler)
     state = rosa_func.init(model, 2, key=key, sampler=draw, exact=exact)
     before = state_bytes(state)
@@ -157,12 +152,12 @@ def test_every_function_leaves_the_model_its_input_and_the_globals(
     ):
         function()
         assert state_bytes(state) == before
-        assert snapshot(model) == model_before
+        assert model_snapshot(model) == model_before
     # The one side effect of these is the flag on the leaves of the state.
     rosa_func.parameters(state), rosa_func.named_parameters(state)
     flags = {path[0]: flag for path, (flag, _) in state_bytes(state).items() if flag}
     assert flags == {"trainable": True}
-    assert snapshot(model) == model_before
+    assert model_snapshot(model) == model_before
     assert global_state() == globals_before
 
 
@@ -170,9 +165,9 @@ def test_every_function_leaves_the_model_its_input_and_the_globals(
     "name, train", [("gpt2-small", "*bias"), ("t5", "*norm*"), ("encoder", ())]
 )
 def test_training_leaves_the_model_and_the_globals(name, train):
-    case = stock(name)
+    case = stock_model(name)
     model = case.model.train()
-    model_before, globals_before = snapshot(model), global_state()
+    model_before, globals_before = model_snapshot(model), global_state()
     state = rosa_func.init(model, 2, train=train)
     losses = []
     for step in range(4):
@@ -185,20 +180,20 @@ def test_training_leaves_the_model_and_the_globals(name, train):
             losses.append(loss.item())
         state = rosa_func.resample(state, step)
     assert losses[-1] < losses[0]
-    assert snapshot(model) == model_before
+    assert model_snapshot(model) == model_before
     assert global_state() == globals_before
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_only_tensors_that_no_draw_changes_are_shared(sampler):
-    model, draw = seeded(gpt2), getattr(samplers, sampler)
+    model, draw = seeded(tiny_gpt2), getattr(samplers, sampler)
     weights = dict(model.named_parameters())
     state = rosa_func.init(model, 2, sampler=draw, train="*bias", exact=True)
     adapted = set(state["input_dim"].keys())
     rest = {name for name in weights if name not in adapted and not name.endswith("bias")}
 
     def kept(tensors: dict[str, torch.Tensor], others: Iterable[torch.Tensor]) -> set[str]:
-        found = storages(others)
+        found = storage_pointers(others)
         return {name for name, t in tensors.items() if t.untyped_storage().data_ptr() in found}
 
     def leaves(state: TensorDict) -> Iterable[torch.Tensor]:
@@ -216,16 +211,16 @@ def test_only_tensors_that_no_draw_changes_are_shared(sampler):
 # Skeletons.
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", STOCK_NAMES)
 def test_a_skeleton_computes_the_same_bits_without_weights(name):
-    case = stock(name)
+    case = stock_model(name)
     state = rosa_func.init(case.model, 2)
     skeleton = rosa_func.skeleton(case.model)
     expected = called(case, state)
-    assert torch.equal(called(Case(skeleton, case.args, case.kwargs), state), expected)
+    assert torch.equal(called(ModelCall(skeleton, case.args, case.kwargs), state), expected)
     assert type(skeleton) is type(case.model)
     assert all(p.is_meta for p in skeleton.parameters())
-    assert aliases(skeleton) == aliases(case.model)
+    assert tied_names(skeleton) == tied_names(case.model)
     persistent = set(case.model.state_dict())
     for buffer, tensor in case.model.named_buffers():
         assert skeleton.get_buffer(buffer).is_meta == (buffer in persistent)
@@ -235,12 +230,14 @@ def test_a_skeleton_computes_the_same_bits_without_weights(name):
 
 def test_ties_and_rotary_frequencies_are_there_to_be_kept():
     # The test above would be empty of them if the models had none.
-    assert ["transformer.wte.weight", "lm_head.weight"] in aliases(stock("gpt2-small").model)
-    assert "model.rotary_emb.inv_freq" in dict(stock("llama").model.named_buffers())
+    assert ["transformer.wte.weight", "lm_head.weight"] in tied_names(
+        stock_model("gpt2-small").model
+    )
+    assert "model.rotary_emb.inv_freq" in dict(stock_model("llama").model.named_buffers())
 
 
 def test_a_skeleton_without_a_tensor_fails_loudly():
-    case = stock("gpt2-small")
+    case = stock_model("gpt2-small")
     state = rosa_func.init(case.model, 2)
     del state["frozen", "transformer.ln_f.bias"]
     skeleton = rosa_func.skeleton(case.model)
@@ -252,7 +249,7 @@ def test_a_skeleton_without_a_tensor_fails_loudly():
 
 @pytest.mark.parametrize("name", ["gpt2-small", "llama", "t5", "sequential"])
 def test_no_second_copy_of_a_weight_once_the_model_is_let_go(name):
-    model = stock(name).model
+    model = stock_model(name).model
     state, skeleton = rosa_func.init(model, 2), rosa_func.skeleton(model)
     let_go = [weakref.ref(x) for x in (model, *model.modules(), *model.parameters())]
     adapted = set(state["input_dim"].keys())
@@ -261,15 +258,15 @@ def test_no_second_copy_of_a_weight_once_the_model_is_let_go(name):
     gc.collect()
     assert not any(ref() is not None for ref in let_go)
     assert {n for n, ref in stored.items() if ref.expired()} == adapted
-    real = storages(t for _, t in named_tensors(skeleton) if not t.is_meta)
-    assert not real & storages(state["frozen"].values())
+    real = storage_pointers(t for _, t in named_tensors(skeleton) if not t.is_meta)
+    assert not real & storage_pointers(state["frozen"].values())
 
 
 # Defaults.
 
 
 def test_default_targets_are_the_linear_weights_of_the_backbone():
-    tied, untied = stock("gpt2-small").model, stock("llama").model
+    tied, untied = stock_model("gpt2-small").model, stock_model("llama").model
     names = [f"transformer.h.0.{m}.weight" for m in ("attn.c_attn", "attn.c_proj", "mlp.c_fc")]
     assert list(rosa_func.init(tied, 2)["trainable"].keys()) == [
         *names,
@@ -302,12 +299,15 @@ def test_a_task_head_is_trained_on_request_and_warned_of_when_it_is_not():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["gpt2-small", "llama", "sequential"])
 def test_a_16_bit_model_has_float32_factors_and_16_bit_weights_and_outputs(name, dtype):
-    case = stock(name, dtype)
+    case = stock_model(name, dtype)
     state = rosa_func.init(case.model, 2)
     leaves = rosa_func.parameters(state)
     assert {leaf.dtype for leaf in leaves} == {torch.float32}
     result = called(case, state)
-    assert result.dtype == dtype and distance(result, case.stock()) <= 10 * torch.finfo(dtype).eps
+    assert (
+        result.dtype == dtype
+        and relative_distance(result, case.own_output()) <= 10 * torch.finfo(dtype).eps
+    )
     result.float().square().mean().backward()
     assert {leaf.grad.dtype for leaf in leaves} == {torch.float32}
     merged = rosa_func.merge(state)

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randn, seeded, state_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from torch import Tensor, nn
 
 import rosa_func
+from models import randn, seeded
+from references import state_bytes
 from rosa_func import moments as carrying
 from rosa_func import samplers
 from rosa_func.leaves import leaves

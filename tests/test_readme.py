@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import gpt2, seeded, token_ids
 from transformers import GPT2LMHeadModel
+
+from models import seeded, tiny_gpt2, token_ids
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -14,17 +15,22 @@ README = Path(__file__).parents[1] / "README.md"
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of transformers, where weights are tied
 def test_the_python_blocks_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
-    seeded(lambda: gpt2(6, n_positions=32)).save_pretrained(tmp_path / "folder")
+    seeded(lambda: tiny_gpt2(6, n_positions=32)).save_pretrained(tmp_path / "folder")
     monkeypatch.setattr(
-        GPT2LMHeadModel, "from_pretrained", lambda name: seeded(lambda: gpt2(6, n_positions=32))
+        GPT2LMHeadModel,
+        "from_pretrained",
+        lambda name: seeded(lambda: tiny_gpt2(6, n_positions=32)),
     )
     ids = token_ids(2, 6)
     names: dict[str, object] = {
-        "model": seeded(lambda: gpt2(6, n_positions=32)),
+        "model": seeded(lambda: tiny_gpt2(6, n_positions=32)),
         "ids": ids,
         "batches": [ids] * 101,
     }
-    names |= {"pretrained": seeded(lambda: gpt2(6, n_positions=32)), "folder": tmp_path / "folder"}
+    names |= {
+        "pretrained": seeded(lambda: tiny_gpt2(6, n_positions=32)),
+        "folder": tmp_path / "folder",
+    }
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) >= 5
     for block in blocks:

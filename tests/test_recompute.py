@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import gpt2, output, randn, seeded, stock, token_ids
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rosa_func
+from models import randn, seeded, stock_model, tiny_gpt2, token_ids
+from references import main_output, storage_pointers
 from rosa_func.leaves import leaves
 
 RIGHT = {"use_reentrant": False, "context_fn": rosa_func.recompute}
@@ -36,7 +37,7 @@ class TestGradients:
     def test_they_are_bit_for_bit_the_plain_ones(
         self, dropout: float, weightless: bool, bound: bool
     ):
-        model = seeded(lambda: gpt2(layers=3, dropout=dropout)).train()
+        model = seeded(lambda: tiny_gpt2(layers=3, dropout=dropout)).train()
         state = rosa_func.init(model, 2, targets=["wte", "c_attn", "c_proj", "c_fc"], train="ln_f")
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         ids = token_ids(2, 8)
@@ -50,7 +51,7 @@ class TestGradients:
         assert all(p.is_meta for p in used.parameters()) or not weightless
 
     def test_the_older_name_of_the_switch_works_too(self):
-        model = seeded(gpt2).train()
+        model = seeded(tiny_gpt2).train()
         state, ids = rosa_func.init(model, 2), token_ids(2, 8)
         plain = gradients(model, state, ids)
         with pytest.warns(FutureWarning, match="deprecated"):
@@ -60,14 +61,14 @@ class TestGradients:
 
     @pytest.mark.parametrize("name", ["llama", "opt", "bert", "t5"])
     def test_other_architectures(self, name: str):
-        case = stock(name)
+        case = stock_model(name)
         model = case.model.train()
         state = rosa_func.init(model, 2)
 
         def run() -> dict[str, Tensor]:
             for leaf in rosa_func.parameters(state):
                 leaf.grad = None
-            result = output(rosa_func.call(model, state, *case.args, **case.kwargs))
+            result = main_output(rosa_func.call(model, state, *case.args, **case.kwargs))
             result.square().mean().backward()
             return {name: leaf.grad for name, leaf in leaves(state).items()}
 
@@ -105,7 +106,7 @@ class TestGradients:
         assert model.inner[0].weight.grad is not None
 
     def test_two_models_bound_at_once(self):
-        models = [seeded(gpt2, seed=seed).train() for seed in (0, 1)]
+        models = [seeded(tiny_gpt2, seed=seed).train() for seed in (0, 1)]
         states = [rosa_func.init(model, 2, train="ln_1") for model in models]
         ids = token_ids(2, 8)
         plain = [gradients(*pair, ids) for pair in zip(models, states, strict=True)]
@@ -120,11 +121,10 @@ class TestGradients:
             assert all(torch.equal(leaf.grad, expected[n]) for n, leaf in leaves(state).items())
 
     def test_less_memory_is_saved_for_the_backward_pass(self):
-        model = seeded(lambda: gpt2(layers=6)).train()
+        model = seeded(lambda: tiny_gpt2(layers=6)).train()
         state, ids = rosa_func.init(model, 2), token_ids(4, 8)
         rosa_func.parameters(state)
-        weights = {t.untyped_storage().data_ptr() for t in state["frozen"].values()}
-        weights |= {leaf.untyped_storage().data_ptr() for leaf in leaves(state).values()}
+        weights = storage_pointers([*state["frozen"].values(), *leaves(state).values()])
 
         def saved() -> int:
             sizes: dict[int, int] = {}
@@ -164,7 +164,7 @@ class TestRefusals:
         ],
     )
     def test_checkpointing_that_would_compute_with_other_weights(self, options: Any):
-        model = seeded(lambda: gpt2()).train()
+        model = seeded(lambda: tiny_gpt2()).train()
         state, ids = rosa_func.init(model, 2), token_ids(2, 8)
         model.activation_checkpointing_enable(options)
         for attempt in (

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rosa_func
+from references import storage_pointers
 from rosa_func import samplers
 from rosa_func.samplers import Site
 
@@ -220,9 +221,6 @@ class TestAllSamplers:
         for s in (state, new):
             assert torch.equal(s["trainable", "weight", "B"], model.weight[:2])
             assert torch.equal(rosa_func.merge(s)["weight"], model.weight)
-        storages = [
-            tensor.untyped_storage().data_ptr()
-            for s in (state, new)
-            for tensor in (s["frozen", "weight"], s["trainable", "weight", "B"])
-        ]
-        assert len({model.weight.untyped_storage().data_ptr(), *storages}) == 5
+        paths = [("frozen", "weight"), ("trainable", "weight", "B")]
+        tensors = [s[path] for s in (state, new) for path in paths]
+        assert len(storage_pointers([model.weight, *tensors])) == 5

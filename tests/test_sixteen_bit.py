@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import gpt2, seeded, token_ids
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rosa_func
+from models import seeded, tiny_gpt2, token_ids
 from rosa_func.leaves import leaves
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -60,7 +60,7 @@ def train(model: nn.Module, autocast: bool = False) -> tuple[list[float], Tensor
 
 def usual() -> Any:
     """Return a GPT-2 with weights of a usual size, at which 16 bits are used in practice."""
-    return seeded(lambda: gpt2(initializer_range=0.05))
+    return seeded(lambda: tiny_gpt2(initializer_range=0.05))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

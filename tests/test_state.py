@@ -4,18 +4,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import perturbed, randn, seeded, snapshot, state_bytes, stock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
-from test_exact import fused_bound, scattered, sixteen_bit_bound
-from test_samplers import ALL
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import rosa_func
+from models import randn, seeded, stock_model
+from references import model_snapshot, perturbed, state_bytes
 from rosa_func import samplers
 from rosa_func.exact import SUPPORTED
+from test_exact import fused_bound, scattered, sixteen_bit_bound
+from test_samplers import ALL
 
 SIZES = st.integers(2, 9)
 SEEDS = st.integers(0, 2**20)
@@ -154,7 +155,7 @@ class TestMergeReconstructs:
 
     @DTYPES
     def test_a_stock_model_exactly(self, dtype):
-        model = stock("gpt2-small", dtype).model
+        model = stock_model("gpt2-small", dtype).model
         merged = rosa_func.merge(rosa_func.init(model, 3, exact=True))
         assert all(torch.equal(merged[name], p) for name, p in model.named_parameters())
 
@@ -237,14 +238,14 @@ class TestPurity:
     @pytest.mark.parametrize("sampler", ALL)
     def test_states_and_model_stay_as_they_were(self, sampler):
         module = nn.Sequential(layer("linear", 6, 5, torch.float32, 0), nn.BatchNorm1d(6))
-        model, rng = snapshot(module), torch.get_rng_state()
+        model, rng = model_snapshot(module), torch.get_rng_state()
         state = rosa_func.init(module, 2, sampler=sampler, train="1", exact=True)
         rosa_func.parameters(state)
         before = state_bytes(state)
         new = rosa_func.resample(state, 1, sampler=sampler)
         rosa_func.merge(state), rosa_func.compose(state), rosa_func.count(state)
         assert state_bytes(state) == before
-        assert snapshot(module) == model
+        assert model_snapshot(module) == model
         assert torch.equal(torch.get_rng_state(), rng)
         assert not any(t.requires_grad for t in new.values(True, True))
 

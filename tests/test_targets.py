@@ -4,12 +4,13 @@ import re
 
 import pytest
 import torch
-from conftest import gpt2, seeded, snapshot, state_bytes
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
 import rosa_func
+from models import seeded, tiny_gpt2
+from references import model_snapshot, state_bytes
 from rosa_func import samplers
 from rosa_func import targets as targeting
 
@@ -31,12 +32,12 @@ def refused(error: type[Exception], *parts: str, model: nn.Module | None = None,
     """Check init's error: its type, that the message has all parts, and that nothing changed."""
     model = small() if model is None else model
     options = {"r": 2, **options}
-    before, generator = snapshot(model), torch.get_rng_state()
+    before, generator = model_snapshot(model), torch.get_rng_state()
     with pytest.raises(error) as caught:
         rosa_func.init(model, **options)
     for part in parts:
         assert part in str(caught.value), f"{part!r} is not in {caught.value}"
-    assert snapshot(model) == before and torch.equal(torch.get_rng_state(), generator)
+    assert model_snapshot(model) == before and torch.equal(torch.get_rng_state(), generator)
 
 
 # Ranks.
@@ -50,7 +51,7 @@ def test_a_fraction_is_of_the_smaller_side_rounded_down_and_at_least_one(m, n, f
 
 
 def test_the_first_match_of_a_mapping_counts():
-    model = seeded(lambda: gpt2(layers=1))
+    model = seeded(lambda: tiny_gpt2(layers=1))
     ranks = adapted(model, {"c_attn": 3, "*mlp*": 0.5, "*": 1})
     layer = "transformer.h.0"
     assert ranks == {
@@ -117,7 +118,7 @@ def test_a_decimal_fraction_is_taken_as_written(hundredths, limit):
 
 @pytest.mark.parametrize("targets", ["lm_head", "wte", "lm_head.weight", "*wte*", "lm_*"])
 def test_an_alias_means_the_tied_weight(targets):
-    assert list(adapted(seeded(gpt2), targets=targets)) == [WORDS]
+    assert list(adapted(seeded(tiny_gpt2), targets=targets)) == [WORDS]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_an_alias_means_the_tied_weight(targets):
     ],
 )
 def test_patterns_and_predicates(targets, names):
-    assert list(adapted(seeded(lambda: gpt2(layers=1)), targets=targets)) == names
+    assert list(adapted(seeded(lambda: tiny_gpt2(layers=1)), targets=targets)) == names
 
 
 @pytest.mark.parametrize(
@@ -184,13 +185,13 @@ def test_patterns_and_predicates(targets, names):
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_arguments_of_init_that_are_refused(options, error, parts):
-    refused(error, *parts, model=seeded(gpt2), **options)
+    refused(error, *parts, model=seeded(tiny_gpt2), **options)
 
 
 @pytest.mark.parametrize("pattern", ["attn", "attention", "mlp", "h", "transformer", "weight"])
 @pytest.mark.parametrize("argument", ["targets", "r"])
 def test_the_names_that_are_suggested_would_match(pattern, argument):
-    model = seeded(lambda: gpt2(layers=1))
+    model = seeded(lambda: tiny_gpt2(layers=1))
     options = {"targets": pattern, "r": 2} if argument == "targets" else {"r": {pattern: 2, "*": 1}}
     with pytest.raises(ValueError, match="closest names are") as caught:
         rosa_func.init(model, **options)

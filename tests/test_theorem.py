@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import randn
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from torch import Tensor, nn
 
 import rosa_func
+from models import randn
 from rosa_func import samplers
 
 M, N = 16, 24

@@ -1,0 +1,158 @@
+"""Tiny stock models, built by their configuration, and seeded inputs for them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
+
+from references import main_output
+
+VOCABULARY_SIZE = 31
+_SPECIAL: Any = {"bos_token_id": 0, "eos_token_id": 0}
+# Weights far larger than usual at the start: attention is not uniform, activations not linear.
+_SCALE: Any = {"initializer_range": 0.3}
+_ENCODER: Any = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    **_SCALE,
+}
+
+
+class ModelCall(NamedTuple):
+    """A model and the arguments for one call of it."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def own_output(self) -> Tensor:
+        """Return what the model computes with its own weights."""
+        return main_output(self.model(*self.args, **self.kwargs))
+
+
+def seeded(build: Callable[[], Any], seed: int = 0) -> Any:
+    """Build with the global generator seeded, and leave that generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Draw a tensor from a seed of its own."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def token_ids(*shape: int, seed: int = 0) -> Tensor:
+    """Draw token ids from 2 on: 0 and 1 mean padding to some of the models."""
+    return torch.randint(2, VOCABULARY_SIZE, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_gpt2(
+    heads: int = 3, layers: int = 2, dropout: float = 0.0, **options: Any
+) -> GPT2LMHeadModel:
+    """Build a GPT-2 with 4 dimensions per head instead of 64. All else is as in the stock model."""
+    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+    shape = {"n_embd": 4 * heads, "n_head": heads, "n_layer": layers, "n_positions": 8}
+    options = {"vocab_size": VOCABULARY_SIZE, **shape, **rates, **_SPECIAL, **_SCALE, **options}
+    return GPT2LMHeadModel(GPT2Config(**options))
+
+
+def _llama() -> nn.Module:
+    shape: Any = {"num_key_value_heads": 2, "max_position_embeddings": 8}
+    return LlamaForCausalLM(LlamaConfig(**_ENCODER, **shape, **_SPECIAL))
+
+
+def _opt() -> nn.Module:
+    # word_embed_proj_dim differs from hidden_size, so that project_in and project_out exist.
+    shape = {**_ENCODER, "ffn_dim": _ENCODER["intermediate_size"], "init_std": 0.3}
+    del shape["intermediate_size"], shape["initializer_range"]
+    extra: Any = {"word_embed_proj_dim": 8, "max_position_embeddings": 8, "dropout": 0.0}
+    return OPTForCausalLM(OPTConfig(**shape, **extra, **_SPECIAL, pad_token_id=1))
+
+
+def _bert(model: Any, config: Any, **options: Any) -> nn.Module:
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return model(config(**_ENCODER, **rates, max_position_embeddings=10, **options))
+
+
+def _t5() -> nn.Module:
+    shape: Any = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    start: Any = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 0}
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=VOCABULARY_SIZE, dropout_rate=0.0, **shape, **start)
+    )
+
+
+def _vit() -> nn.Module:
+    shape = {name: value for name, value in _ENCODER.items() if name != "vocab_size"}
+    return ViTModel(ViTConfig(image_size=8, patch_size=4, **shape), add_pooling_layer=False)
+
+
+def _encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2)
+
+
+def _sequential() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 5))
+
+
+_ids = token_ids(2, 6)
+_GPT2_SIZES = {"small": 1, "medium": 2, "large": 3, "xl": 4}
+_HEADS = {"small": 12, "medium": 16, "large": 20, "xl": 25}
+_BUILD: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], dict[str, Any]]] = {
+    # Heads as published, layers in the published proportion of 12 : 24 : 36 : 48.
+    **{
+        f"gpt2-{size}": (
+            lambda heads=_HEADS[size], layers=layers: tiny_gpt2(heads, layers),
+            (_ids,),
+            {"use_cache": False},
+        )
+        for size, layers in _GPT2_SIZES.items()
+    },
+    "llama": (_llama, (_ids,), {"use_cache": False}),
+    "opt": (_opt, (_ids,), {"use_cache": False}),
+    "bert": (lambda: _bert(BertForMaskedLM, BertConfig), (_ids,), {}),
+    "roberta": (
+        lambda: _bert(RobertaForMaskedLM, RobertaConfig, pad_token_id=1, **_SPECIAL),
+        (_ids,),
+        {},
+    ),
+    "t5": (_t5, (_ids,), {"decoder_input_ids": token_ids(2, 4, seed=1), "use_cache": False}),
+    "vit": (_vit, (randn(2, 3, 8, 8),), {}),
+    "encoder": (_encoder, (randn(2, 6, 16),), {}),
+    "sequential": (_sequential, (randn(7, 12),), {}),
+}
+STOCK_NAMES = list(_BUILD)
+
+
+def stock_model(
+    name: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+) -> ModelCall:
+    """Build the stock model of that name in eval mode, with the arguments for one call."""
+    build, args, kwargs = _BUILD[name]
+    model = seeded(build).to(dtype).eval()
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation(attention)
+    args = tuple(x.to(dtype) if x.is_floating_point() else x for x in args)
+    return ModelCall(model, args, kwargs)

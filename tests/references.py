@@ -1,0 +1,99 @@
+"""What the tests compare with: weights formed in full, distances, and snapshots bit for bit."""
+
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+
+def main_output(result: Any) -> Tensor:
+    """Return a result that is a tensor, or the logits or hidden states of a transformers output."""
+    return result if isinstance(result, Tensor) else result[0]
+
+
+def dense_weights(state: TensorDict) -> dict[str, Tensor]:
+    """Form every weight R + A B with no code of the library; autograd goes through it."""
+    weights = dict(state["frozen"].items())
+    for name, value in state["trainable"].items():
+        if isinstance(value, Tensor):
+            weights[name] = value
+        else:
+            product = (value["A"] @ value["B"]).to(weights[name].dtype)
+            weights[name] = weights[name] + product.view(weights[name].shape)
+    return weights
+
+
+def perturbed(state: TensorDict, scale: float = 0.1, seed: int = 0) -> TensorDict:
+    """Move the trainable leaves a little, as training would. A B is then no longer a part of W."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def move(leaf: Tensor) -> Tensor:
+        noise = torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype)
+        return leaf.detach() + scale * noise
+
+    return state.replace({"trainable": state["trainable"].apply(move)})
+
+
+def relative_distance(a: Tensor, b: Tensor) -> float:
+    """Return the largest difference relative to the largest value of b."""
+    return float((a - b).detach().abs().max() / b.detach().abs().max().clamp_min(1e-30))
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """Return the bytes of a tensor of any dtype."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def model_snapshot(model: nn.Module) -> dict[str, Any]:
+    """Return everything about a model that a function must leave as it was."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return {
+        "tensors": {
+            name: (id(t), t.data_ptr(), t._version, t.requires_grad, t.grad, tensor_bytes(t))
+            for name, t in tensors
+        },
+        "training": {name: module.training for name, module in model.named_modules()},
+        "hooks": {
+            (name, attribute): list(hooks)
+            for name, module in model.named_modules()
+            for attribute, hooks in vars(module).items()
+            if attribute.endswith("_hooks")
+        },
+        "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
+    }
+
+
+def state_bytes(state: TensorDict) -> dict[Any, tuple[bool, bytes]]:
+    """Return every tensor of a state by its path, byte for byte, and whether it takes gradients."""
+    return {
+        path: (tensor.requires_grad, tensor_bytes(tensor))
+        for path, tensor in state.items(include_nested=True, leaves_only=True)
+    }
+
+
+def global_state() -> tuple[Any, ...]:
+    """Return the global state that must not change: generators, threads and torch's flags."""
+    generators = (
+        tensor_bytes(torch.get_rng_state()),
+        random.getstate(),
+        str(np.random.get_state()),
+    )
+    flags = (torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype())
+    return generators + flags
+
+
+def storage_pointers(tensors: Iterable[Tensor]) -> set[int]:
+    """Return the addresses of the storages that hold the tensors' values."""
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def tied_names(model: nn.Module) -> list[list[str]]:
+    """Group the names by the parameter they stand for."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return sorted(groups.values())
