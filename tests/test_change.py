@@ -11,6 +11,7 @@ from tensordict import TensorDict
 from torch import nn
 
 import rosa_func
+from cases import ANY_WIDE_DTYPE, SIXTEEN_BIT_DTYPES
 from models import seeded, tiny_gpt2
 from references import perturbed, relative_distance
 from rosa_func import checkpoint
@@ -27,7 +28,7 @@ class TestDelta:
     @given(
         r=st.integers(1, 3),
         cycles=st.integers(1, 3),
-        dtype=st.sampled_from([torch.float32, torch.float64]),
+        dtype=ANY_WIDE_DTYPE,
     )
     def test_it_has_the_rank_of_the_change_and_gives_the_weights_back(
         self, r: int, cycles: int, dtype: torch.dtype
@@ -85,7 +86,7 @@ class TestDelta:
         weights = checkpoint.apply_delta(model, change)
         assert all(torch.equal(weights[n], t) for n, t in model.state_dict().items())
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("dtype", SIXTEEN_BIT_DTYPES, ids=str)
     def test_sixteen_bit_weights_come_back_as_merge_rounds_them(self, dtype: torch.dtype):
         model = seeded(lambda: nn.Sequential(nn.Linear(40, 32))).to(dtype)
         state = after_cycles(model, 2, 3)

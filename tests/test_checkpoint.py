@@ -18,11 +18,10 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 import rosa_func
+from cases import ANY_DTYPE, DTYPES
 from models import randn, seeded
 from rosa_func import checkpoint, tree
 from rosa_func.leaves import leaves
-
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def make_state(r: int = 2, dtype: torch.dtype = torch.float32, **options: Any) -> TensorDict:
@@ -80,7 +79,7 @@ class TestWhatComesBack:
         text, flat = tree.flatten(value)
         assert same(tree.unflatten(text, flat), value)
 
-    @given(value=values, dtype=st.sampled_from(DTYPES), exact=st.sampled_from([True, None]))
+    @given(value=values, dtype=ANY_DTYPE, exact=st.sampled_from([True, None]))
     def test_a_file_holds_the_bits_of_the_state_and_of_the_extras(
         self, tmp_path_factory: pytest.TempPathFactory, value: Any, dtype: Any, exact: bool | None
     ):

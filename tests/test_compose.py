@@ -1,5 +1,7 @@
 """The composed weight: gradients of every module type, metadata, algebra, and what call refuses."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,107 +11,20 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
 
 import rosa_func
+from cases import ANY_SAMPLER, DTYPES, WEIGHT_USES, WeightUse
 from models import randn, seeded, tiny_gpt2, token_ids
 from references import dense_weights, model_snapshot, perturbed, relative_distance
-from rosa_func import samplers
 from rosa_func.composed import Composed, composed
 
 
-class Bilinear(nn.Bilinear):
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x, x.flip(0))
-
-
-class Attention(nn.MultiheadAttention):
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x, x, x, need_weights=False)[0]
-
-
-class Recurrent(nn.LSTM):
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x)[0]
-
-
-class Tied(nn.Module):
-    """An embedding that is the output projection too, as in GPT-2."""
-
-    def __init__(self, padding_idx: int | None = None) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(9, 6, padding_idx=padding_idx)
-        self.project = nn.Linear(6, 9, bias=False)
-        self.project.weight = self.embed.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.project(torch.tanh(self.embed(ids)))
-
-
-class ReadsItsWeight(nn.Linear):
-    """What custom modules do with a weight: slices, einsum, norms, and keyword arguments."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        w = self.weight / self.weight.norm(dim=1, keepdim=True)
-        y = torch.einsum("oi,...i->...o", w, x) + F.linear(x, weight=self.weight, bias=self.bias)
-        return y * self.weight[:, 0] + x @ self.weight.transpose(dim0=0, dim1=1)
-
-
-class Experts(nn.Module):
-    """A stack of matrices in one weight, used by matmul, as in a mixture of experts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(3, 6, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight
-
-
-IDS = torch.tensor([[1, 0, 8, 3], [2, 2, 1, 5]])
-# {kind: (module, input)}; the target is "weight" where TARGETS has none.
-BUILD = {
-    "linear": (lambda: nn.Linear(6, 5), randn(2, 3, 6)),
-    "linear without bias": (lambda: nn.Linear(5, 6, bias=False), randn(4, 5)),
-    "linear on a vector": (lambda: nn.Linear(6, 5), randn(6)),
-    "Conv1D": (lambda: Conv1D(5, 6), randn(2, 3, 6)),
-    "embedding": (lambda: nn.Embedding(9, 6), IDS),
-    "embedding with padding": (lambda: nn.Embedding(9, 6, padding_idx=1), IDS),
-    "embedding with padding from the end": (lambda: nn.Embedding(9, 6, padding_idx=-1), IDS),
-    "embedding scaled by frequency": (lambda: nn.Embedding(9, 6, scale_grad_by_freq=True), IDS),
-    "embedding bag": (lambda: nn.EmbeddingBag(9, 6), IDS),
-    "tied": (Tied, IDS),
-    "tied with padding": (lambda: Tied(1), IDS),
-    "conv1d": (lambda: nn.Conv1d(4, 6, 3), randn(2, 4, 7)),
-    "conv2d": (lambda: nn.Conv2d(4, 6, 3), randn(1, 4, 4, 4)),
-    "conv2d strided": (
-        lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, bias=False),
-        randn(1, 4, 6, 6),
-    ),
-    "conv2d same": (lambda: nn.Conv2d(4, 6, (3, 1), padding="same"), randn(1, 4, 4, 4)),
-    "conv2d circular": (
-        lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"),
-        randn(1, 4, 4, 4),
-    ),
-    "conv2d in groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), randn(1, 4, 4, 4)),
-    "conv3d": (lambda: nn.Conv3d(2, 4, 2), randn(1, 2, 3, 3, 3)),
-    "transposed conv2d": (lambda: nn.ConvTranspose2d(4, 6, 3), randn(1, 4, 4, 4)),
-    "attention": (lambda: Attention(8, 2, batch_first=True), randn(2, 3, 8)),
-    "bilinear": (lambda: Bilinear(4, 4, 5), randn(3, 4)),
-    "lstm": (lambda: Recurrent(4, 5), randn(3, 2, 4)),
-    "reads its weight": (lambda: ReadsItsWeight(6, 5), randn(3, 6)),
-    "experts": (Experts, randn(3, 2, 6)),
-}
-TARGETS = {"attention": ["in_proj_weight", "out_proj"], "lstm": "weight_*", "tied": "embed"}
-TARGETS["tied with padding"] = "embed"
-
-
-def setting(kind: str, dtype: torch.dtype, sampler: str = "random", key: int = 0, r=2):
-    """Return a module, a state of it as if trained, and an input."""
-    build, x = BUILD[kind]
-    module = seeded(build).to(dtype)
-    targets = TARGETS.get(kind, "weight")
-    state = rosa_func.init(module, r, key=key, sampler=getattr(samplers, sampler), targets=targets)
+def adapted_and_trained(
+    use: WeightUse, dtype: torch.dtype, r: int = 2, **options: Any
+) -> tuple[nn.Module, TensorDict, Tensor]:
+    """Return the module, a state of it as if trained, and the input."""
+    module, x = seeded(use.build).to(dtype), use.input
+    state = rosa_func.init(module, r, targets=use.targets, **options)
     return module, perturbed(state), x.to(dtype) if x.is_floating_point() else x
 
 
@@ -121,18 +36,18 @@ def weights_gradients(module: nn.Module, state: TensorDict, x: Tensor) -> dict[s
     return dict(zip(adapted, torch.autograd.grad(loss, list(adapted.values())), strict=True))
 
 
-@pytest.mark.parametrize("kind", BUILD)
+@pytest.mark.parametrize("use", WEIGHT_USES, ids=str)
 @given(
     key=st.integers(0, 2**64),
     r=st.integers(1, 3),
-    sampler=st.sampled_from(["random", "top", "bottom", "projection", "lora", "additive"]),
+    sampler=ANY_SAMPLER,
     precision=st.sampled_from([(torch.float32, 1e-5), (torch.float64, 1e-12)]),
 )
 def test_gradients_are_those_of_the_dense_weight_through_the_product(
-    kind, key, r, sampler, precision
+    use, key, r, sampler, precision
 ):
     dtype, relative = precision
-    module, state, x = setting(kind, dtype, sampler, key, r)
+    module, state, x = adapted_and_trained(use, dtype, r, sampler=sampler, key=key)
     leaves = rosa_func.named_parameters(state)
     result = rosa_func.call(module, state, x)
     assert (
@@ -145,10 +60,9 @@ def test_gradients_are_those_of_the_dense_weight_through_the_product(
             assert (found - expected).norm() <= relative * expected.norm(), name
 
 
-# Padded rows and frequencies change what torch calls the gradient, so it is not the derivative.
-@pytest.mark.parametrize("kind", [k for k in BUILD if "padding" not in k and "scaled" not in k])
-def test_gradcheck_of_factors_and_inputs(kind):
-    module, state, x = setting(kind, torch.float64)
+@pytest.mark.parametrize("use", [u for u in WEIGHT_USES if u.gradient_is_derivative], ids=str)
+def test_gradcheck_of_factors_and_inputs(use):
+    module, state, x = adapted_and_trained(use, torch.float64)
     paths = list(state["trainable"].keys(include_nested=True, leaves_only=True))
 
     def function(x: Tensor, *leaves: Tensor) -> Tensor:
@@ -199,7 +113,7 @@ def pair(m: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float64):
     return composed(R, A, B), R + A @ B
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_metadata_is_that_of_the_weight(dtype):
     model = seeded(tiny_gpt2).to(dtype)
     state = rosa_func.init(model, 2)

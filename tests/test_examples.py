@@ -17,6 +17,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from cases import SAMPLER_NAMES
 from models import seeded
 from references import state_bytes
 from rosa_func import checkpoint
@@ -113,10 +114,7 @@ def options_of_a_step(folder: Path, out: str, *options: object) -> list[object]:
     return ["finetune", *start, "--steps", 1, "--rank", 2, "--max-length", 64, *options]
 
 
-SAMPLERS = ["random", "top", "bottom", "projection", "lora", "additive"]
-
-
-@pytest.mark.parametrize("method", ["full", "lora", *(f"rosa-{name}" for name in SAMPLERS)])
+@pytest.mark.parametrize("method", ["full", "lora", *(f"rosa-{name}" for name in SAMPLER_NAMES)])
 def test_finetune_learns_and_writes_what_it_prints(folder: Path, method: str):
     options = ["--rank", "4", "--rate", "0.01", "--resample-every", "2"]
     if method.startswith("rosa"):

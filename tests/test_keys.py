@@ -10,17 +10,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rosa_func
-from rosa_func import samplers
+from cases import ANY_DTYPE, ANY_SAMPLER, SAMPLER_NAMES, SAMPLERS_THAT_DRAW
+from models import seeded
 from rosa_func.keys import generator
-from test_samplers import ALL
 
-SAMPLERS = st.sampled_from(ALL)
-DRAWN = [samplers.random, samplers.projection, samplers.lora, samplers.additive]  # not by size
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 KEYS = st.integers(-(2**70), 2**70)
 DATA = st.lists(st.integers() | st.text(max_size=5), max_size=3)
 
-# Prints, for each sampler and dtype, a digest of all bits of a state drawn in a process of its own.
+# The arguments are a number of threads and the names of samplers. Prints a digest of all bits of a
+# state for each sampler and dtype.
 DIGEST = """
 import hashlib, sys, torch, rosa_func
 from torch import nn
@@ -31,7 +29,7 @@ with torch.no_grad():
     for p in model.parameters():
         p.copy_(torch.randn(p.shape, generator=weights))
 for dtype in (torch.float32, torch.bfloat16):
-    for name in ("random", "top", "bottom", "projection", "lora", "additive"):
+    for name in sys.argv[2:]:
         sampler = getattr(rosa_func.samplers, name)
         state = rosa_func.init(model.to(dtype), 5, exact=True, sampler=sampler)
         state = rosa_func.resample(state, 1, sampler=sampler)
@@ -42,10 +40,8 @@ for dtype in (torch.float32, torch.bfloat16):
 """
 
 
-def linear(*shape: int) -> nn.Linear:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.Linear(*shape)
+def seeded_linear(inputs: int, outputs: int) -> nn.Linear:
+    return seeded(lambda: nn.Linear(inputs, outputs))
 
 
 class TestFoldIn:
@@ -88,23 +84,23 @@ class TestDraws:
         assert torch.equal(plain, torch.rand(8, generator=generator(0, "init", wrapped)))
 
     def test_a_wrapped_model_draws_as_the_plain_one(self):
-        model = nn.Sequential(linear(12, 10))
+        model = nn.Sequential(seeded_linear(12, 10))
         plain = rosa_func.init(model, 3)["trainable", "0.weight"]
         compiled = torch.compile(model, backend="eager")
         wrapped = rosa_func.init(compiled, 3)["trainable", "_orig_mod.0.weight"]
         assert all(torch.equal(plain[f], wrapped[f]) for f in "AB")
 
     def test_init_and_resample_differ_at_the_same_key(self):
-        model = linear(12, 10)
+        model = seeded_linear(12, 10)
         first = rosa_func.init(model, 3, key=0, exact=True)
         second = rosa_func.resample(first, 0)
         assert not torch.allclose(
             first["trainable", "weight", "A"], second["trainable", "weight", "A"]
         )
 
-    @given(SAMPLERS, KEYS, st.integers(1, 10), st.sampled_from(DTYPES))
+    @given(ANY_SAMPLER, KEYS, st.integers(1, 10), ANY_DTYPE)
     def test_adding_a_target_leaves_the_others_bit_identical(self, sampler, key, r, dtype):
-        model = nn.Sequential(linear(12, 10), linear(10, 12)).to(dtype)
+        model = nn.Sequential(seeded_linear(12, 10), seeded_linear(10, 12)).to(dtype)
         options = {"sampler": sampler, "key": key}
         alone = rosa_func.init(model, r, targets="0", **options)
         both = rosa_func.init(model, r, **options)
@@ -113,9 +109,9 @@ class TestDraws:
                 assert torch.equal(one[part], two[part])
             assert torch.equal(one["frozen", "0.weight"], two["frozen", "0.weight"])
 
-    @given(st.sampled_from(DRAWN), KEYS, st.integers(1, 11))
+    @given(st.sampled_from(SAMPLERS_THAT_DRAW), KEYS, st.integers(1, 11))
     def test_equal_weights_in_two_layers_draw_differently(self, sampler, key, r):
-        model = nn.Sequential(linear(24, 24), linear(24, 24))
+        model = nn.Sequential(seeded_linear(24, 24), seeded_linear(24, 24))
         assert torch.equal(model[0].weight, model[1].weight)
         trainable = rosa_func.init(model, r, sampler=sampler, key=key)["trainable"]
         first, second = (trainable[f"{i}.weight"] for i in (0, 1))
@@ -125,14 +121,17 @@ class TestDraws:
     def test_the_same_bits_in_another_process_with_another_number_of_threads(self):
         one, two = (
             subprocess.run(
-                [sys.executable, "-c", DIGEST, threads], check=True, capture_output=True, text=True
+                [sys.executable, "-c", DIGEST, threads, *SAMPLER_NAMES],
+                check=True,
+                capture_output=True,
+                text=True,
             ).stdout.splitlines()
             for threads in ("1", "2")
         )
         assert one == two
-        assert len(set(one)) == 12
+        assert len(set(one)) == 2 * len(SAMPLER_NAMES)
 
     def test_the_number_of_threads_is_put_back(self):
         before = torch.get_num_threads()
-        rosa_func.resample(rosa_func.init(linear(4, 3), 1), 0)
+        rosa_func.resample(rosa_func.init(seeded_linear(4, 3), 1), 0)
         assert torch.get_num_threads() == before

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import rosa_func
+from models import two_linear_layers
 from references import state_bytes
-from test_targets import small
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ from test_targets import small
     ids=lambda value: ".".join(value) if isinstance(value, tuple) else "",
 )
 def test_a_state_whose_entries_were_removed(function, path, part):
-    model = small()
+    model = two_linear_layers()
     state = rosa_func.init(model, 2, exact=True)
     del state[path]
     before = state_bytes(state)
@@ -48,14 +48,14 @@ def test_a_state_whose_entries_were_removed(function, path, part):
 
 
 def test_factors_that_do_not_multiply_to_the_residual():
-    state = rosa_func.init(small(), 2)
+    state = rosa_func.init(two_linear_layers(), 2)
     state["trainable", "0.weight", "A"] = torch.ones(4, 3)
     with pytest.raises(ValueError, match=r"0\.weight.*\(4, 3\).*\(2, 6\).*\(4, 6\)"):
         rosa_func.merge(state)
 
 
 def test_a_compensation_of_another_shape_than_the_residual():
-    state = rosa_func.init(small(), 2, exact=True)
+    state = rosa_func.init(two_linear_layers(), 2, exact=True)
     state["compensation", "0.weight"] = torch.zeros(4, 1)
     with pytest.raises(ValueError, match=r"compensation of 0\.weight .*\(4, 1\).*\(4, 6\)"):
         rosa_func.merge(state)
@@ -64,7 +64,7 @@ def test_a_compensation_of_another_shape_than_the_residual():
 @pytest.mark.parametrize("exact", [None, True])
 def test_each_weight_that_has_a_compensation_must_have_it(exact):
     """By default it is kept for 16 bit alone, so a float32 weight beside them may be without."""
-    model = small()
+    model = two_linear_layers()
     model[0].bfloat16()
     state = rosa_func.init(model, 2, exact=exact)
     assert set(state["compensation"].keys()) == {"0.weight"} | ({"2.weight"} if exact else set())
@@ -76,7 +76,7 @@ def test_each_weight_that_has_a_compensation_must_have_it(exact):
 
 def test_the_compensation_of_a_float32_weight_beside_16_bit_ones_is_missed_too():
     """Of an exact state, whose 16-bit weights have theirs in float64."""
-    model = small()
+    model = two_linear_layers()
     model[0].bfloat16()
     state = rosa_func.init(model, 2, exact=True)
     del state["compensation", "2.weight"]

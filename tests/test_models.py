@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import BertConfig, BertForSequenceClassification
 
 import rosa_func
+from cases import ANY_WIDE_DTYPE, SAMPLERS, SIXTEEN_BIT_DTYPES, ZERO_PRODUCT_SAMPLERS
 from models import STOCK_NAMES, ModelCall, seeded, stock_model, tiny_gpt2, token_ids
 from references import (
     global_state,
@@ -29,7 +30,6 @@ from references import (
 )
 from rosa_func import samplers
 
-SAMPLERS = ["random", "top", "bottom", "projection", "lora", "additive"]
 # A layer's rounding is a few eps of its inputs, and is passed on by a few tens of layers: 100 eps
 # leaves an order of magnitude of room above what comes out, and is far below any real mistake.
 EPSILONS = 100
@@ -58,17 +58,16 @@ assert len(CASES) >= len(PAIRS)  # so that every sampler comes before and after 
     [(*case, *pair) for case, pair in zip(CASES, cycle(PAIRS), strict=False)],
 )
 @settings(max_examples=2)
-@given(r=ranks, key=keys, dtype=st.sampled_from([torch.float32, torch.float64]))
+@given(r=ranks, key=keys, dtype=ANY_WIDE_DTYPE)
 def test_same_output_after_init_and_after_resample(
     name, attention, training, before, after, r, key, dtype
 ):
     case = stock_model(name, dtype, attention)
     case.model.train(training)
     expected = case.own_output()
-    first, second = getattr(samplers, before), getattr(samplers, after)
-    state = rosa_func.init(case.model, r, key=key, sampler=first)
+    state = rosa_func.init(case.model, r, key=key, sampler=before)
     assert close(called(case, state), expected)
-    state = rosa_func.resample(state, key, sampler=second)
+    state = rosa_func.resample(state, key, sampler=after)
     assert close(called(case, state), expected)
 
 
@@ -137,18 +136,17 @@ def test_every_function_leaves_the_model_its_input_and_the_globals(
     model = case.model.train(training).requires_grad_(not frozen)
     model.register_forward_hook(lambda *_: None)
     model_before, globals_before = model_snapshot(model), global_state()
-    draw = getattr(samplers, sampler)
-    state = rosa_func.init(model, 2, key=key, sampler=draw, exact=exact)
+    state = rosa_func.init(model, 2, key=key, sampler=sampler, exact=exact)
     before = state_bytes(state)
     for function in (
         lambda: rosa_func.compose(state),
         lambda: called(case, state),
-        lambda: rosa_func.resample(state, key, sampler=draw),
+        lambda: rosa_func.resample(state, key, sampler=sampler),
         lambda: rosa_func.merge(state),
         lambda: rosa_func.count(state),
         lambda: rosa_func.skeleton(model),
-        lambda: rosa_func.method(2, sampler=draw).init(model),
-        lambda: rosa_func.method(2, sampler=draw).resample(state, key),
+        lambda: rosa_func.method(2, sampler=sampler).init(model),
+        lambda: rosa_func.method(2, sampler=sampler).resample(state, key),
     ):
         function()
         assert state_bytes(state) == before
@@ -186,9 +184,9 @@ def test_training_leaves_the_model_and_the_globals(name, train):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_only_tensors_that_no_draw_changes_are_shared(sampler):
-    model, draw = seeded(tiny_gpt2), getattr(samplers, sampler)
+    model = seeded(tiny_gpt2)
     weights = dict(model.named_parameters())
-    state = rosa_func.init(model, 2, sampler=draw, train="*bias", exact=True)
+    state = rosa_func.init(model, 2, sampler=sampler, train="*bias", exact=True)
     adapted = set(state["input_dim"].keys())
     rest = {name for name in weights if name not in adapted and not name.endswith("bias")}
 
@@ -199,12 +197,12 @@ def test_only_tensors_that_no_draw_changes_are_shared(sampler):
     def leaves(state: TensorDict) -> Iterable[torch.Tensor]:
         return state.values(include_nested=True, leaves_only=True)
 
-    unchanged = adapted if sampler in ("lora", "additive") else set()
+    unchanged = adapted if sampler in ZERO_PRODUCT_SAMPLERS else set()
     assert kept(weights, leaves(state)) == rest | unchanged
     held = dict(state["frozen"].items()) | {
         name: value for name, value in state["trainable"].items() if isinstance(value, torch.Tensor)
     }
-    assert kept(held, leaves(rosa_func.resample(state, 1, sampler=draw))) == rest
+    assert kept(held, leaves(rosa_func.resample(state, 1, sampler=sampler))) == rest
     assert kept(held, rosa_func.merge(state).values()) == set(weights) - adapted
 
 
@@ -296,7 +294,7 @@ def test_a_task_head_is_trained_on_request_and_warned_of_when_it_is_not():
     rosa_func.init(model, 2, targets=["query", "classifier"])  # adapted: not frozen either
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT_DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["gpt2-small", "llama", "sequential"])
 def test_a_16_bit_model_has_float32_factors_and_16_bit_weights_and_outputs(name, dtype):
     case = stock_model(name, dtype)

@@ -8,20 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rosa_func
+from cases import SAMPLERS, SEEDS, ZERO_PRODUCT_SAMPLERS
 from references import storage_pointers
 from rosa_func import samplers
 from rosa_func.samplers import Site
 
-ALL = [
-    samplers.random,
-    samplers.top,
-    samplers.bottom,
-    samplers.projection,
-    samplers.lora,
-    samplers.additive,
-]
-SIZES = st.integers(2, 12)
-SEEDS = st.integers(0, 2**20)
+SIDES = st.integers(2, 12)
 
 
 def site(seed: int, input_dim: int = 1) -> Site:
@@ -48,14 +40,14 @@ def terms_of_the_svd(W: torch.Tensor, product: torch.Tensor) -> list[int]:
 
 
 class TestSingularDirections:
-    @given(SIZES, SIZES, st.data(), SEEDS)
+    @given(SIDES, SIDES, st.data(), SEEDS)
     def test_random_is_exactly_r_terms_of_the_svd(self, m, n, data, seed):
         r = data.draw(st.integers(1, min(m, n)))
         W = matrix(m, n, seed)
         A, B = samplers.random(W, r, site(seed))
         assert len(terms_of_the_svd(W, A @ B)) == r
 
-    @given(SIZES, SIZES, st.data(), SEEDS)
+    @given(SIDES, SIDES, st.data(), SEEDS)
     def test_the_residual_and_the_product_are_orthogonal(self, m, n, data, seed):
         r = data.draw(st.integers(1, min(m, n)))
         W = matrix(m, n, seed)
@@ -65,7 +57,7 @@ class TestSingularDirections:
         assert (P.T @ (W - P)).norm() <= bound
         assert (P @ (W - P).T).norm() <= bound
 
-    @given(SIZES, SIZES, st.data(), SEEDS)
+    @given(SIDES, SIDES, st.data(), SEEDS)
     def test_top_and_bottom_take_the_ends(self, m, n, data, seed):
         k = min(m, n)
         r = data.draw(st.integers(1, k))
@@ -110,13 +102,13 @@ class TestSingularDirections:
         assert counts.sum() == draws * k
         assert ((counts - draws * share).abs() <= 4 * sigma).all(), counts
 
-    @given(SIZES, SIZES, st.data(), SEEDS)
+    @given(SIDES, SIDES, st.data(), SEEDS)
     def test_singular_values_are_shared_equally(self, m, n, data, seed):
         r = data.draw(st.integers(1, min(m, n)))
         A, B = samplers.top(matrix(m, n, seed), r, site(seed))
         assert torch.allclose(A.norm(dim=0), B.norm(dim=1), rtol=1e-12)
 
-    @pytest.mark.parametrize("sampler", ALL)
+    @pytest.mark.parametrize("sampler", SAMPLERS)
     def test_zero_singular_values_give_finite_factors_that_can_train(self, sampler):
         A, B = sampler(torch.zeros(5, 4), 3, site(0))
         assert A.isfinite().all() and B.isfinite().all()
@@ -126,7 +118,7 @@ class TestSingularDirections:
 
 
 class TestGram:
-    @given(SIZES, SIZES, st.integers(1, 12), SEEDS)
+    @given(SIDES, SIDES, st.integers(1, 12), SEEDS)
     def test_is_the_lower_triangle_whatever_the_block(self, m, n, rows, seed):
         W = matrix(m, n, seed)
         # Products of n terms, added in any order (Higham 2002, equation 3.5).
@@ -142,7 +134,7 @@ class TestGram:
 
 
 class TestProjection:
-    @given(SIZES, SIZES, st.data(), SEEDS)
+    @given(SIDES, SIDES, st.data(), SEEDS)
     def test_is_an_orthogonal_projection_of_rank_r(self, m, n, data, seed):
         r = data.draw(st.integers(1, min(m, n)))
         W = matrix(m, n, seed)
@@ -154,17 +146,17 @@ class TestProjection:
 
 
 class TestZeroProducts:
-    @given(SIZES, SIZES, st.sampled_from([0, 1]), st.data(), SEEDS)
+    @given(SIDES, SIDES, st.sampled_from([0, 1]), st.data(), SEEDS)
     def test_the_input_side_is_random_and_the_output_side_zero(self, m, n, dim, data, seed):
         r = data.draw(st.integers(1, min(m, n)))
         W = matrix(m, n, seed)
-        for sampler in (samplers.lora, samplers.additive):
+        for sampler in ZERO_PRODUCT_SAMPLERS:
             factors = sampler(W, r, site(seed, dim))
             # A (m x r) faces dimension 0 of W, B (r x n) dimension 1.
             assert factors[dim].any() and not factors[1 - dim].any()
             assert (factors[0].shape, factors[1].shape) == ((m, r), (r, n))
 
-    @given(SIZES, st.data(), SEEDS)
+    @given(SIDES, st.data(), SEEDS)
     def test_additive_is_orthonormal(self, n, data, seed):
         r = data.draw(st.integers(1, n))
         _, B = samplers.additive(matrix(n, n, seed), r, site(seed))
@@ -181,7 +173,7 @@ def first_rows(W, r, site):
 
 
 class TestAllSamplers:
-    @pytest.mark.parametrize("sampler", ALL)
+    @pytest.mark.parametrize("sampler", SAMPLERS)
     def test_neither_the_weight_nor_the_global_generator_is_touched(self, sampler):
         W = matrix(6, 5, 0)
         copy, before = W.clone(), torch.get_rng_state()
@@ -189,7 +181,7 @@ class TestAllSamplers:
         assert torch.equal(W, copy)
         assert torch.equal(torch.get_rng_state(), before)
 
-    @pytest.mark.parametrize("sampler", ALL)
+    @pytest.mark.parametrize("sampler", SAMPLERS)
     def test_a_site_determines_the_draw(self, sampler):
         draws = [sampler(matrix(6, 5, 0), 2, site(7)) for _ in range(2)]
         assert all(torch.equal(a, b) for a, b in zip(*draws, strict=True))

@@ -11,10 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rosa_func
+from cases import SIXTEEN_BIT_DTYPES
 from models import seeded, tiny_gpt2, token_ids
 from rosa_func.leaves import leaves
-
-DTYPES = [torch.bfloat16, torch.float16]
 
 
 class Formed(TorchDispatchMode):
@@ -63,7 +62,7 @@ def usual() -> Any:
     return seeded(lambda: tiny_gpt2(initializer_range=0.05))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT_DTYPES, ids=str)
 def test_the_forward_pass_forms_neither_a_dense_weight_nor_a_wide_one(dtype: torch.dtype):
     model = usual().to(dtype)
     state = rosa_func.init(model, 2, targets=["c_attn", "c_proj", "c_fc"])
@@ -90,7 +89,7 @@ def test_the_loss_follows_that_of_float32(kind: str):
     assert {leaf.grad.dtype for leaf in leaves(state).values()} == {torch.float32}  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT_DTYPES, ids=str)
 def test_a_hundred_resamples_drift_little(dtype: torch.dtype):
     model = usual().to(dtype)
     state = rosa_func.init(model, 2)

@@ -9,17 +9,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rosa_func
-from models import seeded, tiny_gpt2
+from cases import DTYPES
+from models import seeded, tiny_gpt2, two_linear_layers
 from references import model_snapshot, state_bytes
 from rosa_func import samplers
 from rosa_func import targets as targeting
 
 ATTENTION = "transformer.h.0.attn.c_attn.weight"
 WORDS = "transformer.wte.weight"
-
-
-def small() -> nn.Sequential:
-    return seeded(lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 8)))
 
 
 def adapted(model: nn.Module, r=2, **options) -> dict[str, int]:
@@ -30,7 +27,7 @@ def adapted(model: nn.Module, r=2, **options) -> dict[str, int]:
 
 def refused(error: type[Exception], *parts: str, model: nn.Module | None = None, **options) -> None:
     """Check init's error: its type, that the message has all parts, and that nothing changed."""
-    model = small() if model is None else model
+    model = two_linear_layers() if model is None else model
     options = {"r": 2, **options}
     before, generator = model_snapshot(model), torch.get_rng_state()
     with pytest.raises(error) as caught:
@@ -88,7 +85,7 @@ def test_the_first_match_of_a_mapping_counts():
 )
 def test_ranks_that_are_refused(r, error, parts):
     refused(error, *parts, r=r)
-    state = rosa_func.init(small(), 2)
+    state = rosa_func.init(two_linear_layers(), 2)
     before = state_bytes(state)
     if r is not None:  # to resample it means the ranks as they are
         with pytest.raises(error) as caught:
@@ -209,7 +206,7 @@ def test_a_weight_tied_to_an_embedding_is_no_linear_one_whatever_comes_first(fir
 
 
 def test_arguments_in_the_wrong_places():
-    model = small()
+    model = two_linear_layers()
     state = rosa_func.init(model, 2)
     with pytest.raises(TypeError, match=r"the model is an nn\.Module, got TensorDict"):
         rosa_func.init(state, 2)
@@ -235,21 +232,21 @@ def test_nothing_to_adapt():
 
 
 def changed(name: str, value: torch.Tensor) -> nn.Module:
-    model = small()
+    model = two_linear_layers()
     layer, parameter = name.split(".")
     setattr(model[int(layer)], parameter, nn.Parameter(value, requires_grad=False))
     return model
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weights_that_are_not_finite(bad, dtype):
     weight = torch.ones(8, 4, dtype=dtype)
     weight[3, 2] = bad
     refused(ValueError, "2.weight", "non-finite", model=changed("2.weight", weight))
     options = {"targets": "0.weight", "train": "2.weight"}
     refused(ValueError, "2.weight", "non-finite", model=changed("2.weight", weight), **options)
-    model = small()
+    model = two_linear_layers()
     state = rosa_func.init(model, 2)
     state["trainable", "2.weight", "A"][0, 0] = bad  # as after a step too large
     with pytest.raises(ValueError, match=r"^2\.weight: non-finite values.*learning rate"):
@@ -261,7 +258,7 @@ def test_weights_that_are_not_finite(bad, dtype):
     assert adapted(changed("2.weight", weight), targets="0.weight")  # it is not asked for
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_finite_weights_whose_sum_overflows_are_taken(dtype):
     weight = torch.full((8, 4), torch.finfo(dtype).max, dtype=dtype)
     assert not weight.sum().isfinite()
@@ -271,7 +268,7 @@ def test_finite_weights_whose_sum_overflows_are_taken(dtype):
 
 
 def test_all_weights_that_are_not_finite_are_named():
-    model = small()
+    model = two_linear_layers()
     with torch.no_grad():
         model[0].weight.fill_(float("nan"))
         model[2].weight.fill_(float("nan"))
@@ -296,7 +293,7 @@ def test_meta_weights_and_empty_weights():
     with pytest.raises(ValueError, match=r"0\.weight.*meta device.*load"):
         rosa_func.init(model, 2)
     with pytest.raises(ValueError, match=r"0\.weight.*meta device"):
-        rosa_func.init(rosa_func.skeleton(small()), 2)
+        rosa_func.init(rosa_func.skeleton(two_linear_layers()), 2)
     refused(ValueError, "2.weight", "(0, 4)", model=changed("2.weight", torch.ones(0, 4)))
 
 
@@ -332,7 +329,7 @@ def test_a_decomposition_that_does_not_converge(monkeypatch):
     def eigh(*_args, **_kwargs):
         raise torch.linalg.LinAlgError("the algorithm failed to converge")
 
-    state = rosa_func.init(small(), 2)
+    state = rosa_func.init(two_linear_layers(), 2)
     before = state_bytes(state)
     monkeypatch.setattr(torch.linalg, "eigh", eigh)
     refused(ValueError, "0.weight", "did not converge")
@@ -346,7 +343,7 @@ def test_a_decomposition_that_does_not_converge(monkeypatch):
 
 @pytest.mark.parametrize("key", ["1", 1.0, None, True, torch.tensor(1)], ids=repr)
 def test_keys_of_resample_that_are_refused(key):
-    state = rosa_func.init(small(), 2)
+    state = rosa_func.init(two_linear_layers(), 2)
     before = state_bytes(state)
     with pytest.raises(TypeError, match=re.escape(repr(key))):
         rosa_func.resample(state, key)
@@ -354,7 +351,7 @@ def test_keys_of_resample_that_are_refused(key):
 
 
 def test_unknown_arguments():
-    state = rosa_func.init(small(), 2)
+    state = rosa_func.init(two_linear_layers(), 2)
     with pytest.raises(TypeError, match="rank"):
         rosa_func.resample(state, 1, rank=2)
     with pytest.raises(TypeError, match="strict"):

@@ -8,12 +8,12 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 import rosa_func
+from cases import SEEDS
 from models import randn
 from rosa_func import samplers
 
 M, N = 16, 24
 RANKS = st.integers(1, 14)  # of the change that is to be found
-SEEDS = st.integers(0, 2**20)
 
 
 def problem(rank: int, seed: int) -> tuple[nn.Module, Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, jvp, vmap
 
 import rosa_func
+from cases import ANY_SAMPLER
 from models import randn, seeded, tiny_gpt2, token_ids
 from references import dense_weights, main_output, perturbed, relative_distance
 from rosa_func import samplers
@@ -21,7 +22,6 @@ TOLERANCE = 1e-5  # float32: two ways to sum the same tens of products, over a f
 # Torch's own warnings, of what it does inside.
 performance_drop = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 deprecated_jit = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-names = st.sampled_from(["random", "top", "bottom", "projection", "lora", "additive"])
 seeds = st.integers(0, 2**40)
 
 
@@ -30,7 +30,7 @@ def language_loss(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def setting(
-    sampler: str = "random",
+    sampler: samplers.Sampler = samplers.random,
     key: int = 0,
     inner: bool = False,
     exact: bool | None = None,
@@ -43,9 +43,8 @@ def setting(
     """
     model = seeded(lambda: tiny_gpt2(**options)).eval()
     targets, train = (None, ()) if inner else (["wte", "c_attn", "c_proj", "c_fc"], "*ln_*")
-    draw = getattr(samplers, sampler)
     state = rosa_func.init(
-        model, 3, key=key, sampler=draw, targets=targets, train=train, exact=exact
+        model, 3, key=key, sampler=sampler, targets=targets, train=train, exact=exact
     )
     return model, perturbed(state, seed=key % 2**32)
 
@@ -80,7 +79,7 @@ def assert_close(gradients: TensorDict, expected: dict, tolerance: float = TOLER
         assert (found[path] - value).abs().max() <= tolerance * largest, path
 
 
-@given(sampler=names, key=seeds)
+@given(sampler=ANY_SAMPLER, key=seeds)
 def test_grad_and_value(sampler, key):
     model, state = setting(sampler, key)
     gradients, value = grad_and_value(loss_of(model, state))(state["trainable"])
@@ -92,7 +91,7 @@ def test_grad_and_value(sampler, key):
     assert_close(grad(loss_of(model, state))(state["trainable"]), reference_gradients(model, state))
 
 
-@given(sampler=names, key=seeds)
+@given(sampler=ANY_SAMPLER, key=seeds)
 def test_backward(sampler, key):
     model, state = setting(sampler, key)
     expected = reference_gradients(model, state)
@@ -102,7 +101,7 @@ def test_backward(sampler, key):
 
 
 @performance_drop
-@given(sampler=names, key=seeds, inner=st.booleans())
+@given(sampler=ANY_SAMPLER, key=seeds, inner=st.booleans())
 def test_vmap_over_stacked_adapters(sampler, key, inner):
     model, state = setting(sampler, key, inner)
     adapters = [perturbed(state, seed=seed)["trainable"] for seed in range(3)]
@@ -144,7 +143,7 @@ def test_per_sample_gradients(attention):
 
 
 @deprecated_jit
-@given(sampler=names, key=seeds)
+@given(sampler=ANY_SAMPLER, key=seeds)
 def test_jvp_is_the_slope_along_a_tangent(sampler, key):
     model, state = setting(sampler, key)
     model.set_attn_implementation("eager")

@@ -1,0 +1,53 @@
+"""Small modules that use their weights in other ways than one product or one lookup."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class BilinearOfOneInput(nn.Bilinear):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x.flip(0))
+
+
+class SelfAttention(nn.MultiheadAttention):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+class LSTMOutputs(nn.LSTM):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)[0]
+
+
+class TiedEmbedding(nn.Module):
+    """An embedding that is the output projection too, as in GPT-2."""
+
+    def __init__(self, padding_idx: int | None = None) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 6, padding_idx=padding_idx)
+        self.project = nn.Linear(6, 9, bias=False)
+        self.project.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.project(torch.tanh(self.embed(ids)))
+
+
+class ReadsItsWeight(nn.Linear):
+    """What custom modules do with a weight: slices, einsum, norms, and keyword arguments."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight / self.weight.norm(dim=1, keepdim=True)
+        y = torch.einsum("oi,...i->...o", w, x) + F.linear(x, weight=self.weight, bias=self.bias)
+        return y * self.weight[:, 0] + x @ self.weight.transpose(dim0=0, dim1=1)
+
+
+class Experts(nn.Module):
+    """A stack of matrices in one weight, used by matmul, as in a mixture of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
