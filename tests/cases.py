@@ -62,12 +62,11 @@ SEEDS = st.integers(0, 2**20)
 
 
 class Layout(NamedTuple):
-    """A type of layer with one weight, and the outside view of a LoRA on it.
+    """A type of layer with one weight, and what a LoRA does to it.
 
     Attributes:
         name: how the layer is called in the tests' ids.
-        build: makes a layer from (m, n). Its weight has m rows; the rest of it is n wide, times
-            the size of the kernel in a convolution.
+        build: makes a layer from (m, n). Its weight is m x n; in a convolution, m x n x kernel.
         input_dim: the dimension of the weight that meets the layer's input.
         example: makes a float32 or integer input of that layer from (m, n, seed).
         added: what a LoRA with factors A and B adds to the output for an input x: (x, A, B).

@@ -77,7 +77,7 @@ def tiny_gpt2(
     return GPT2LMHeadModel(GPT2Config(**options))
 
 
-def two_linear_layers() -> nn.Sequential:
+def two_layers() -> nn.Sequential:
     """Build a model with the weights 0.weight (4 x 6) and 2.weight (8 x 4)."""
     return seeded(lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 8)))
 

@@ -37,8 +37,8 @@ def experiment(**changes: Any) -> plan.Experiment:
     return plan.Experiment(**(parts | changes))
 
 
-class Seen:
-    """A small regression that notes what the training loop asks of it."""
+class RecordingTask:
+    """A small regression that records what the training loop asks of it."""
 
     def __init__(self) -> None:
         self.batches: list[Tensor] = []

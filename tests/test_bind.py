@@ -10,7 +10,7 @@ from references import perturbed
 
 
 class TestBind:
-    def test_generate_uses_the_state_and_the_model_is_put_back(self):
+    def test_generate_in_a_bind_uses_the_state_and_restores_the_model(self):
         model = seeded(tiny_gpt2).eval()
         state = perturbed(rosa_func.init(model, 2, targets=["wte", "c_attn", "c_fc"]))
         own = {name: (id(p), p._version) for name, p in model.named_parameters()}
@@ -30,7 +30,7 @@ class TestBind:
         assert {name: (id(p), p._version) for name, p in model.named_parameters()} == own
         assert not torch.equal(model(ids).logits, logits)
 
-    def test_an_exception_puts_the_model_back(self):
+    def test_an_exception_in_a_bind_restores_the_model(self):
         model = seeded(tiny_gpt2)
         own = [id(p) for p in model.parameters()]
         with (
@@ -40,7 +40,7 @@ class TestBind:
             raise RuntimeError("inside")
         assert [id(p) for p in model.parameters()] == own
 
-    def test_a_state_of_another_model_is_refused(self):
+    def test_bind_refuses_a_state_of_another_model(self):
         state = rosa_func.init(seeded(tiny_gpt2), 2)
         with (
             pytest.raises(KeyError, match="made from this model"),

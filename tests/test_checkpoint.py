@@ -29,7 +29,7 @@ def make_state(r: int = 2, dtype: torch.dtype = torch.float32, **options: Any) -
     return rosa_func.init(model.to(dtype), r, train="*.bias", **options)
 
 
-def same(one: Any, other: Any) -> bool:
+def identical(one: Any, other: Any) -> bool:
     """Compare values and types, nested; a NaN is a NaN, and -0.0 is -0.0."""
     if type(one) is not type(other):
         return False
@@ -37,12 +37,14 @@ def same(one: Any, other: Any) -> bool:
         bits = [t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other)]
         return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*bits)
     if isinstance(one, TensorDict):
-        return one.batch_size == other.batch_size and same(dict(one.items()), dict(other.items()))
+        return one.batch_size == other.batch_size and identical(
+            dict(one.items()), dict(other.items())
+        )
     if isinstance(one, dict):
         pairs = zip(one.items(), other.items(), strict=False)
-        return len(one) == len(other) and all(same(*pair) for pair in pairs)
+        return len(one) == len(other) and all(identical(*pair) for pair in pairs)
     if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
+        return len(one) == len(other) and all(map(identical, one, other))
     if isinstance(one, float):
         return repr(one) == repr(other)
     return one == other
@@ -73,11 +75,11 @@ values = st.recursive(
 )
 
 
-class TestWhatComesBack:
+class TestSaveAndLoad:
     @given(value=values)
     def test_nested_values_come_back_as_they_were(self, value: Any):
         text, flat = tree.flatten(value)
-        assert same(tree.unflatten(text, flat), value)
+        assert identical(tree.unflatten(text, flat), value)
 
     @given(value=values, dtype=ANY_DTYPE, exact=st.sampled_from([True, None]))
     def test_a_file_holds_the_bits_of_the_state_and_of_the_extras(
@@ -87,9 +89,9 @@ class TestWhatComesBack:
         state = make_state(dtype=dtype, exact=exact)
         checkpoint.save(path, state, value=value)
         loaded, extra = checkpoint.load(path)
-        assert same(loaded, state)
+        assert identical(loaded, state)
         assert extra.keys() == {"value"}
-        assert same(extra["value"], value)
+        assert identical(extra["value"], value)
 
     def test_optimizer_and_scheduler_dicts_can_be_loaded_again(self, tmp_path: Path):
         state = make_state()
@@ -110,10 +112,10 @@ class TestWhatComesBack:
         expected = copy.deepcopy(given)
         checkpoint.save(tmp_path / "run.safetensors", state, **given)
         loaded, extra = checkpoint.load(tmp_path / "run.safetensors")
-        assert same(extra, expected)
+        assert identical(extra, expected)
         again = torch.optim.Adam(rosa_func.optim.groups(loaded))
         again.load_state_dict(extra["optimizer"])
-        assert same(again.state_dict(), expected["optimizer"])
+        assert identical(again.state_dict(), expected["optimizer"])
 
     def test_a_loaded_state_trains_without_writing_to_its_file(self, tmp_path: Path):
         path = tmp_path / "run.safetensors"
@@ -125,9 +127,9 @@ class TestWhatComesBack:
             leaf.add_(1.0)
         assert path.read_bytes() == before
         checkpoint.save(path, loaded)
-        assert same(checkpoint.load(path)[0], loaded)
+        assert identical(checkpoint.load(path)[0], loaded)
 
-    def test_shared_and_strided_tensors(self, tmp_path: Path):
+    def test_shared_and_strided_tensors_come_back(self, tmp_path: Path):
         path, whole = tmp_path / "run.safetensors", torch.arange(6.0).view(2, 3)
         extra = {"one": whole, "again": whole, "turned": whole.T, "row": whole[1], "1": 1, 1: 2}
         checkpoint.save(path, make_state(), extra=extra)
@@ -135,16 +137,16 @@ class TestWhatComesBack:
             names = [name for name in file.keys() if name.startswith("extra/")]
             assert sorted(names) == ["extra/one", "extra/row", "extra/turned"]
         loaded = checkpoint.load(path)[1]["extra"]
-        assert same({k: v for k, v in loaded.items()}, extra)
+        assert identical({k: v for k, v in loaded.items()}, extra)
         assert loaded["one"] is loaded["again"]
 
-    def test_tensors_have_names_that_other_readers_understand(self, tmp_path: Path):
+    def test_saved_tensors_have_names_that_other_readers_understand(self, tmp_path: Path):
         checkpoint.save(tmp_path / "run.safetensors", make_state())
         with safe_open(tmp_path / "run.safetensors", "pt") as file:
             assert "state/trainable/0.weight/A" in file.keys()
 
 
-KILLED = """
+KILLED_WHILE_SAVING = """
 import os, random, signal, sys, time
 import torch
 import rosa_func
@@ -187,10 +189,11 @@ print(len(seen), seen[-1], partial)
 """
 
 
-class TestKills:
+class TestKilledSaves:
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and kill -9")
     def test_a_kill_leaves_the_old_file_or_the_new_one(self, tmp_path: Path):
-        command = [sys.executable, "-c", KILLED, str(tmp_path / "run.safetensors"), "250"]
+        path = str(tmp_path / "run.safetensors")
+        command = [sys.executable, "-c", KILLED_WHILE_SAVING, path, "250"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
         assert done.returncode == 0, done.stderr
         kills, saves, partial = map(int, done.stdout.split())
@@ -223,7 +226,7 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-class TestDamage:
+class TestDamagedFiles:
     def test_every_truncation_is_an_error(self, path: Path):
         whole = path.read_bytes()
         for length in range(len(whole)):
@@ -241,7 +244,7 @@ class TestDamage:
                 with pytest.raises(ValueError, match=r"run\.safetensors"):
                     checkpoint.load(path)
 
-    def test_foreign_files(self, path: Path):
+    def test_files_that_save_did_not_write_are_refused(self, path: Path):
         save_file({"x": torch.ones(2)}, path, {"format": "pt"})
         with pytest.raises(ValueError, match=r"not written by rosa_func.*has \['format'\]"):
             checkpoint.load(path)
@@ -257,7 +260,7 @@ class TestDamage:
             checkpoint.save(path.parent / "none" / "run.safetensors", TensorDict())
 
     @pytest.mark.parametrize("change", ["version", "content", "missing tensor"])
-    def test_mislabelled_files(self, path: Path, change: str):
+    def test_files_with_wrong_metadata_are_refused(self, path: Path, change: str):
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -277,7 +280,7 @@ class TestDamage:
             checkpoint.load(path)
 
 
-class TestRefusals:
+class TestSaveRefusals:
     @pytest.mark.parametrize(
         ("value", "message"),
         [
@@ -290,11 +293,11 @@ class TestRefusals:
         self, path: Path, value: Any, message: str
     ):
         before = path.read_bytes()
-        with pytest.raises(TypeError, match=message.replace("extra", "extra")):
+        with pytest.raises(TypeError, match=message):
             checkpoint.save(path, make_state(), extra=value)
         assert path.read_bytes() == before
         assert list(path.parent.iterdir()) == [path]
 
-    def test_a_state_is_a_tensordict(self, path: Path):
+    def test_save_refuses_a_state_that_is_not_a_tensordict(self, path: Path):
         with pytest.raises(TypeError, match="a state is a TensorDict, got dict"):
             checkpoint.save(path, {})  # type: ignore[arg-type]

@@ -28,8 +28,10 @@ def adapted_and_trained(
     return module, perturbed(state), x.to(dtype) if x.is_floating_point() else x
 
 
-def weights_gradients(module: nn.Module, state: TensorDict, x: Tensor) -> dict[str, Tensor]:
-    """Return dW of the dense module for each adapted weight, of the loss used below."""
+def gradients_of_dense_weights(
+    module: nn.Module, state: TensorDict, x: Tensor
+) -> dict[str, Tensor]:
+    """Return dW of the dense module for each adapted weight, for the loss that these tests use."""
     weights = {name: weight.detach() for name, weight in dense_weights(state).items()}
     adapted = {name: weights[name].requires_grad_() for name in state["input_dim"].keys()}
     loss = functional_call(module, weights, (x,)).square().sum()
@@ -43,7 +45,7 @@ def weights_gradients(module: nn.Module, state: TensorDict, x: Tensor) -> dict[s
     sampler=ANY_SAMPLER,
     precision=st.sampled_from([(torch.float32, 1e-5), (torch.float64, 1e-12)]),
 )
-def test_gradients_are_those_of_the_dense_weight_through_the_product(
+def test_gradients_of_the_factors_follow_from_that_of_the_dense_weight(
     use, key, r, sampler, precision
 ):
     dtype, relative = precision
@@ -54,7 +56,7 @@ def test_gradients_are_those_of_the_dense_weight_through_the_product(
         relative_distance(result, functional_call(module, dense_weights(state), (x,))) <= relative
     )
     result.square().sum().backward()
-    for name, dW in weights_gradients(module, state, x).items():
+    for name, dW in gradients_of_dense_weights(module, state, x).items():
         A, B, dW = leaves[f"{name}.A"], leaves[f"{name}.B"], dW.flatten(1)
         for found, expected in ((A.grad, dW @ B.T), (B.grad, A.T @ dW)):
             assert (found - expected).norm() <= relative * expected.norm(), name
@@ -77,7 +79,7 @@ def test_gradcheck_of_factors_and_inputs(use):
 
 
 @pytest.mark.parametrize("padding_idx", [0, 3, -2])
-def test_padded_rows_give_no_gradient(padding_idx):
+def test_padding_rows_of_an_embedding_give_no_gradient(padding_idx):
     module = seeded(lambda: nn.Embedding(9, 6, padding_idx=padding_idx))
     state = perturbed(rosa_func.init(module, 2, targets="weight"))
     A, B = rosa_func.parameters(state)
@@ -88,7 +90,7 @@ def test_padded_rows_give_no_gradient(padding_idx):
     assert A.grad[5].any() and B.grad.any() and int(A.grad.any(dim=1).sum()) == 1
 
 
-def test_autocast_computes_in_its_dtype():
+def test_call_under_autocast_computes_in_its_dtype():
     module = seeded(lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)))
     state, x = rosa_func.init(module, 2), randn(3, 6)
     leaves = rosa_func.parameters(state)
@@ -105,7 +107,7 @@ def test_autocast_computes_in_its_dtype():
 shapes = st.tuples(st.integers(1, 6), st.integers(1, 6))
 
 
-def pair(m: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float64):
+def composed_and_dense(m: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float64):
     """Return a composed weight and the dense one it stands for."""
     R, A, B = (
         randn(*s, seed=seed + i, dtype=dtype) for i, s in enumerate([(m, n), (m, 2), (2, n)])
@@ -114,7 +116,7 @@ def pair(m: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float64):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_metadata_is_that_of_the_weight(dtype):
+def test_a_composed_weight_has_the_metadata_of_the_weight(dtype):
     model = seeded(tiny_gpt2).to(dtype)
     state = rosa_func.init(model, 2)
     weights, parameters = rosa_func.compose(state), dict(model.named_parameters())
@@ -147,8 +149,8 @@ TRANSPOSES = {
 
 @pytest.mark.parametrize("transpose", TRANSPOSES.values(), ids=TRANSPOSES)
 @given(shape=shapes, seed=st.integers(0, 100))
-def test_transposes_stay_composed(transpose, shape, seed):
-    w, W = pair(*shape, seed)
+def test_a_transposed_composed_weight_is_composed(transpose, shape, seed):
+    w, W = composed_and_dense(*shape, seed)
     assert isinstance(transpose(w), Composed) and transpose(w).shape == W.T.shape
     assert torch.allclose(transpose(w) * 1, W.T)
     assert torch.allclose(transpose(transpose(w)) * 1, W)
@@ -185,8 +187,8 @@ PRODUCTS = {
 
 @pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
 @given(shape=shapes, seed=st.integers(0, 100))
-def test_products_are_those_of_the_dense_weight(product, shape, seed):
-    w, W = pair(*shape, seed)
+def test_operations_on_a_composed_weight_equal_those_on_the_dense_weight(product, shape, seed):
+    w, W = composed_and_dense(*shape, seed)
     X, Y = (randn(3, n, seed=seed, dtype=torch.float64) for n in (shape[1], shape[0]))
     result, expected = product(w, X, Y), product(W, X, Y)
     assert type(result) is Tensor and result.shape == expected.shape
@@ -195,7 +197,7 @@ def test_products_are_those_of_the_dense_weight(product, shape, seed):
 
 @settings(max_examples=20)
 @given(shape=st.lists(st.integers(1, 4), min_size=3, max_size=4), seed=st.integers(0, 100))
-def test_weights_of_more_than_two_dimensions_multiply_as_stacks_of_matrices(shape, seed):
+def test_composed_weights_of_more_than_two_dimensions_multiply_as_stacks_of_matrices(shape, seed):
     R = randn(*shape, seed=seed)
     A, B = randn(shape[0], 1, seed=seed + 1), randn(1, R[0].numel(), seed=seed + 2)
     w, W = composed(R, A, B), R + (A @ B).view(R.shape)
@@ -215,7 +217,7 @@ BIAS = "transformer.ln_f.bias"
     "change, error, match",
     [
         (lambda f: f.del_(BIAS), KeyError, r"lacks transformer\.ln_f\.bias of GPT2LMHeadModel"),
-        (lambda f: f.set("x.y", torch.zeros(1)), KeyError, r"x\.y, which GPT2LMHeadModel has not"),
+        (lambda f: f.set("x.y", torch.zeros(1)), KeyError, r"x\.y.*GPT2LMHeadModel"),
         (lambda f: f.set(BIAS, torch.zeros(13)), ValueError, r"ln_f\.bias .*\(13,\).*\(12,\)"),
     ],
     ids=["removed", "added", "reshaped"],
@@ -235,7 +237,7 @@ def test_call_names_both_shapes_of_another_model():
     wider = seeded(lambda: tiny_gpt2(heads=4))
     with pytest.raises(ValueError, match=r"wte\.weight .*\(31, 12\).*\(31, 16\)"):
         rosa_func.call(wider, state, token_ids(1, 4))
-    with pytest.raises(KeyError, match=r"has not"):
+    with pytest.raises(KeyError, match=r"transformer\.h\.1\..*GPT2LMHeadModel"):
         rosa_func.call(seeded(lambda: tiny_gpt2(layers=1)), state, token_ids(1, 4))
 
 
@@ -247,12 +249,12 @@ def test_batch_norm_in_training_does_not_write_into_the_model_or_the_state(train
     result = rosa_func.call(model, state, x)
     assert model_snapshot(model) == before
     assert all(torch.equal(state["frozen", n], b) for n, b in buffers.items())
-    assert relative_distance(result, model(x)) <= 1e-5  # by the statistics of the batch
+    assert relative_distance(result, model(x)) <= 1e-5  # both use the statistics of the batch
     assert model_snapshot(model) != before  # the model's own forward pass does write
 
 
-class TwoNames(nn.Module):
-    """One layer registered under two names, whose weight is another module's as well."""
+class LayerWithTwoNames(nn.Module):
+    """One layer under two names; if tied, another layer has the same weight."""
 
     def __init__(self, tied: bool) -> None:
         super().__init__()
@@ -271,7 +273,7 @@ class TwoNames(nn.Module):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_a_module_under_two_names_has_one_weight_and_keeps_it(tied, training):
-    model, x = seeded(lambda: TwoNames(tied)).train(training), randn(3, 6)
+    model, x = seeded(lambda: LayerWithTwoNames(tied)).train(training), randn(3, 6)
     state = perturbed(rosa_func.init(model, 2))
     names = ["first.weight"] if tied else ["first.weight", "other.weight"]
     assert list(state["trainable"].keys()) == names
@@ -285,7 +287,7 @@ def test_a_module_under_two_names_has_one_weight_and_keeps_it(tied, training):
     with pytest.raises(RuntimeError, match="no rows"):
         rosa_func.call(model, state, x[:0])
     assert model_snapshot(model) == before
-    other = seeded(lambda: TwoNames(tied)).train(training)
+    other = seeded(lambda: LayerWithTwoNames(tied)).train(training)
     other.load_state_dict(rosa_func.merge(state), strict=False)
     assert relative_distance(result, other(x)) <= 1e-5
     skeleton = rosa_func.skeleton(model)
@@ -293,7 +295,7 @@ def test_a_module_under_two_names_has_one_weight_and_keeps_it(tied, training):
     assert all(p.is_meta for p in skeleton.parameters())
 
 
-def test_buffers_of_two_modules_may_be_one():
+def test_call_takes_a_buffer_that_two_modules_share():
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4)).train()
     model[2].running_mean = model[1].running_mean
     state, x = rosa_func.init(model, 2), randn(5, 6)
@@ -303,10 +305,10 @@ def test_buffers_of_two_modules_may_be_one():
     assert relative_distance(result, model(x)) <= 1e-5
 
 
-# What __torch_function__ is not asked about.
+# Code that does not go through __torch_function__.
 
 
-class OwnProduct(torch.autograd.Function):
+class ProductWithItsOwnBackward(torch.autograd.Function):
     """A product with a backward pass of its own."""
 
     @staticmethod
@@ -323,11 +325,11 @@ class OwnProduct(torch.autograd.Function):
         return d @ w, d.t() @ x
 
 
-def reentrant(x: Tensor, w: Tensor) -> Tensor:
+def reentrant_product(x: Tensor, w: Tensor) -> Tensor:
     return checkpoint(F.linear, x, w, use_reentrant=True)
 
 
-class Uses(nn.Linear):
+class MultipliesBy(nn.Linear):
     """A linear layer that multiplies in a way of its own."""
 
     def __init__(self, product) -> None:
@@ -338,34 +340,36 @@ class Uses(nn.Linear):
         return self.product(x, self.weight) + self.bias
 
 
-@pytest.mark.parametrize("product", [OwnProduct.apply, reentrant], ids=["own", "reentrant"])
+@pytest.mark.parametrize(
+    "product", [ProductWithItsOwnBackward.apply, reentrant_product], ids=["own", "reentrant"]
+)
 def test_code_with_a_backward_pass_of_its_own_gives_the_factors_their_gradients(product):
-    model, x = seeded(lambda: Uses(product)), randn(4, 6).requires_grad_()
+    model, x = seeded(lambda: MultipliesBy(product)), randn(4, 6).requires_grad_()
     state = perturbed(rosa_func.init(model, 2))
     leaves = rosa_func.named_parameters(state)
     rosa_func.call(model, state, x).square().sum().backward()
-    dW = weights_gradients(nn.Linear(6, 5), state, x.detach())["weight"]
+    dW = gradients_of_dense_weights(nn.Linear(6, 5), state, x.detach())["weight"]
     A, B = leaves["weight.A"], leaves["weight.B"]
     assert (
         relative_distance(A.grad, dW @ B.T) <= 1e-5 and relative_distance(B.grad, A.T @ dW) <= 1e-5
     )
 
 
-def test_such_code_has_its_gradients_under_autocast_too():
-    model, x = seeded(lambda: Uses(OwnProduct.apply)), randn(4, 6)
+def test_code_with_a_backward_pass_of_its_own_works_under_autocast():
+    model, x = seeded(lambda: MultipliesBy(ProductWithItsOwnBackward.apply)), randn(4, 6)
     state = perturbed(rosa_func.init(model, 2))
     leaves = rosa_func.named_parameters(state)
     with torch.autocast("cpu", torch.bfloat16):
         rosa_func.call(model, state, x).square().sum().backward()
-    dW = weights_gradients(nn.Linear(6, 5), state, x)["weight"]
+    dW = gradients_of_dense_weights(nn.Linear(6, 5), state, x)["weight"]
     A, B = leaves["weight.A"], leaves["weight.B"]
     assert (
         relative_distance(A.grad, dW @ B.T) <= 3e-2 and relative_distance(B.grad, A.T @ dW) <= 3e-2
     )
 
 
-def test_such_code_has_its_gradients_under_a_transform_too():
-    model, x = seeded(lambda: Uses(OwnProduct.apply)), randn(4, 6)
+def test_code_with_a_backward_pass_of_its_own_works_under_grad():
+    model, x = seeded(lambda: MultipliesBy(ProductWithItsOwnBackward.apply)), randn(4, 6)
     state = perturbed(rosa_func.init(model, 2))
 
     def loss(trainable):
@@ -373,13 +377,13 @@ def test_such_code_has_its_gradients_under_a_transform_too():
         return rosa_func.call(model, full, x).square().sum()
 
     found = torch.func.grad(loss)(state["trainable"])["weight"]
-    dW = weights_gradients(nn.Linear(6, 5), state, x)["weight"]
+    dW = gradients_of_dense_weights(nn.Linear(6, 5), state, x)["weight"]
     factors = state["trainable", "weight"]
     assert relative_distance(found["A"], dW @ factors["B"].T) <= 1e-5
     assert relative_distance(found["B"], factors["A"].T @ dW) <= 1e-5
 
 
-def test_code_that_subclasses_cannot_follow_sees_no_weight_without_its_change():
+def test_code_that_bypasses_torch_function_sees_nan_instead_of_the_frozen_weight():
     state = rosa_func.init(nn.Linear(6, 5), 2)
     weight = rosa_func.compose(state)["weight"]
     assert torch.func.vmap(lambda row: row.sum())(weight).isnan().all()

@@ -9,7 +9,7 @@ from models import seeded, tiny_gpt2
 
 
 @given(m=st.integers(1, 20), n=st.integers(1, 20), data=st.data())
-def test_an_adapted_weight_trains_r_of_each_side(m, n, data):
+def test_the_count_of_an_adapted_weight_is_r_times_the_sum_of_its_sides(m, n, data):
     r = data.draw(st.integers(1, min(m, n)))
     model = nn.Sequential(nn.Linear(n, m), nn.BatchNorm1d(m))
     counted = rosa_func.count(rosa_func.init(model, r, train="1"))
@@ -21,7 +21,7 @@ def test_an_adapted_weight_trains_r_of_each_side(m, n, data):
     assert counted.total == m * n + 5 * m + 1
 
 
-def test_sums_are_those_of_the_leaves_and_of_the_model():
+def test_counts_add_up_to_the_leaves_and_to_the_model():
     model = seeded(tiny_gpt2)
     state = rosa_func.init(model, {"wte": 2, "*": 3}, targets=["wte", "c_attn"], train="*ln_*")
     counted = rosa_func.count(state)
@@ -33,12 +33,12 @@ def test_sums_are_those_of_the_leaves_and_of_the_model():
     )
 
 
-def test_a_weight_of_more_dimensions_counts_as_a_matrix():
+def test_a_convolution_weight_counts_as_a_matrix():
     state = rosa_func.init(nn.Conv2d(4, 6, 3), 2, targets="weight")
     assert rosa_func.count(state).weights["weight"] == (2 * (6 + 36), 6 * 36)
 
 
-def test_the_table():
+def test_a_count_prints_as_an_aligned_table():
     model = nn.Sequential(nn.Linear(60, 40), nn.LayerNorm(40))
     lines = str(rosa_func.count(rosa_func.init(model, 2, train="1.bias"))).splitlines()
     assert [line.split() for line in lines] == [

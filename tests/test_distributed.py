@@ -31,48 +31,50 @@ def alone() -> dict[str, Any]:
     return ddp_worker.train(0, 1)
 
 
-def relative(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+def relative_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     assert one.keys() == other.keys()
     difference = sum((one[name] - other[name]).double().square().sum() for name in one)
     return float((difference / sum(t.double().square().sum() for t in other.values())).sqrt())
 
 
 class TestTwoProcesses:
-    def test_gradients_are_those_of_one_process(self, processes: Any, alone: dict[str, Any]):
-        for process in processes:
-            assert relative(process["gradients"], alone["gradients"]) < 1e-6
-
-    def test_weights_after_twenty_steps_and_a_resample_are_too(
+    def test_gradients_of_two_processes_are_those_of_one(
         self, processes: Any, alone: dict[str, Any]
     ):
         for process in processes:
-            assert relative(process["weights"], alone["weights"]) < 1e-5
+            assert relative_difference(process["gradients"], alone["gradients"]) < 1e-6
 
-    def test_states_are_the_same_bits_in_both(self, processes: Any):
+    def test_weights_of_two_processes_after_a_resample_are_those_of_one(
+        self, processes: Any, alone: dict[str, Any]
+    ):
+        for process in processes:
+            assert relative_difference(process["weights"], alone["weights"]) < 1e-5
+
+    def test_both_processes_hold_the_same_bits(self, processes: Any):
         assert processes[0]["hashes"] == processes[1]["hashes"]
         assert len(set(processes[0]["hashes"])) == ddp_worker.STEPS + 1
 
-    def test_each_weight_is_decomposed_by_one_of_them(self, processes: Any, alone: Any):
+    def test_each_weight_is_decomposed_by_one_process(self, processes: Any, alone: Any):
         one, other = (process["decomposed"] for process in processes)
         assert sorted(one + other) == sorted(alone["decomposed"])
         assert abs(len(one) - len(other)) <= 1
 
-    def test_both_draw_what_one_alone_draws(self, processes: Any, alone: dict[str, Any]):
+    def test_two_processes_draw_what_one_draws(self, processes: Any, alone: dict[str, Any]):
         """The residuals differ by rounding alone, so the same indices were drawn."""
         for process in processes:
-            assert relative(process["R"], alone["R"]) < 1e-4
+            assert relative_difference(process["R"], alone["R"]) < 1e-4
 
-    def test_a_failure_in_one_is_raised_in_both(self, processes: Any):
+    def test_a_failed_draw_in_one_process_is_raised_in_both(self, processes: Any):
         assert processes[0]["failing"] == (
             "RuntimeError: another process could not resample; this is rank 0"
         )
         assert processes[1]["failing"].startswith("ValueError: no draw of ")
 
-    def test_states_that_differ_are_noticed(self, processes: Any):
+    def test_check_equal_notices_different_states(self, processes: Any):
         assert all("different states" in process["unequal"] for process in processes)
 
 
-def test_without_processes_it_is_resample():
+def test_distributed_resample_without_processes_is_resample():
     state = rosa_func.init(nn.Sequential(nn.Linear(7, 6), nn.Linear(6, 5)), 2)
     new = distributed.resample(state, 3)
     assert state_bytes(new) == state_bytes(rosa_func.resample(state, 3))

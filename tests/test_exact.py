@@ -1,4 +1,4 @@
-"""The arithmetic of a split: exact where it claims so, within a derived bound elsewhere."""
+"""The arithmetic of a split: exact where it claims to be, within a derived bound elsewhere."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def random_factors(m: int, n: int, r: int, dtype: torch.dtype, seed: int) -> tup
 
 class TestTwoSum:
     @given(SIDES, SIDES, SEEDS)
-    def test_the_error_is_exact(self, m, n, seed):
+    def test_two_sum_gives_the_exact_error(self, m, n, seed):
         a = scattered_matrix(m, n, torch.float32, seed)
         b = scattered_matrix(m, n, torch.float32, seed + 1)
         s, e = two_sum(a, b)
@@ -40,8 +40,8 @@ class TestExactMerge:
         assert torch.equal(join(R, A, B, c).to(dtype), W)
 
     @given(ANY_16_BIT_DTYPE, SEEDS)
-    def test_values_far_below_the_product_come_back_too(self, dtype, seed):
-        # Here a compensation in float32 has no room for the bits of W beside those R lost.
+    def test_join_gives_back_values_far_below_the_product(self, dtype, seed):
+        # A compensation in float32 would have no room for the bits of W beside those that R lost.
         W = scattered_matrix(9, 9, dtype, seed) * (
             2.0**-30 if dtype == torch.bfloat16 else 2.0**-12
         )
@@ -51,7 +51,7 @@ class TestExactMerge:
         assert torch.equal(join(R, A, 64 * B, c).to(dtype), W)
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_a_layout_of_the_factors_does_not_matter(self, dtype):
+    def test_join_does_not_depend_on_the_strides_of_the_factors(self, dtype):
         W = scattered_matrix(40, 33, dtype, 0)
         A, B = random_factors(40, 33, 7, factor_dtype(dtype), 0)
         R, c = split(W, A, B, dtype, compensation_dtype(dtype, True))
@@ -72,20 +72,20 @@ class TestExactMerge:
             (torch.bfloat16, False, None),
         ],
     )
-    def test_what_is_kept(self, dtype, exact, expected):
+    def test_the_dtype_of_the_compensation(self, dtype, exact, expected):
         assert compensation_dtype(dtype, exact) == expected
 
 
 class TestRoundingBounds:
     @given(SIDES, SIDES, RANKS, ANY_WIDE_DTYPE, SEEDS)
-    def test_without_compensation(self, m, n, r, dtype, seed):
+    def test_join_without_compensation_is_within_the_rounding_bound(self, m, n, r, dtype, seed):
         W = scattered_matrix(m, n, dtype, seed)
         A, B = random_factors(m, n, r, dtype, seed)
         R, _ = split(W, A, B, dtype, None)
         assert ((join(R, A, B, None) - W).abs() <= rounding_bound(W, R, A, B)).all()
 
     @given(SIDES, SIDES, RANKS, ANY_16_BIT_DTYPE, st.booleans(), SEEDS)
-    def test_in_16_bit(self, m, n, r, dtype, kept, seed):
+    def test_join_in_16_bit_is_within_the_rounding_bound(self, m, n, r, dtype, kept, seed):
         W = scattered_matrix(m, n, dtype, seed)
         A, B = random_factors(m, n, r, torch.float32, seed)
         R, c = split(W, A, B, dtype, dtype if kept else None)
@@ -96,7 +96,7 @@ class TestRoundingBounds:
 class TestStorage:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("exact", [True, None, False])
-    def test_a_zero_product_shares_the_weight(self, dtype, exact):
+    def test_split_of_a_zero_product_shares_the_weights_storage(self, dtype, exact):
         W = scattered_matrix(5, 4, dtype, 0)
         A, B = random_factors(5, 4, 2, factor_dtype(dtype), 0)
         R, c = split(W, torch.zeros_like(A), B, dtype, compensation_dtype(dtype, exact))
@@ -105,7 +105,7 @@ class TestStorage:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("exact", [True, None, False])
-    def test_a_weight_of_ones_own_gives_the_same_bits(self, dtype, exact):
+    def test_split_that_may_overwrite_the_weight_gives_the_same_bits(self, dtype, exact):
         kept = compensation_dtype(dtype, exact)
         A, B = random_factors(40, 33, 7, factor_dtype(dtype), 0)
         W = scattered_matrix(40, 33, dtype, 0)

@@ -26,7 +26,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 FINETUNE = EXAMPLES / "finetune.py"
 
 
-class End(NamedTuple):
+class ScriptEnd(NamedTuple):
     """How a script ended, and what it printed."""
 
     code: int
@@ -34,26 +34,26 @@ class End(NamedTuple):
     err: str
 
 
-Main = Callable[..., End]
+RunExample = Callable[..., ScriptEnd]
 
 
 @pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Import an example by its name, as the others import it."""
+def import_example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Import an example by name, as the examples import each other."""
     monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module
 
 
 @pytest.fixture
-def main(
-    example: Callable[[str], ModuleType],
+def run_example(
+    import_example: Callable[[str], ModuleType],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> Main:
+) -> RunExample:
     """Run an example in this process, which spares its imports."""
 
-    def run(name: str, *options: object) -> End:
-        module = example(name)
+    def run(name: str, *options: object) -> ScriptEnd:
+        module = import_example(name)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, options)])
         code: int | str | None = 0
         with torch.random.fork_rng(devices=[]):
@@ -63,23 +63,23 @@ def main(
                 code = end.code
         printed = capsys.readouterr()
         if isinstance(code, str):  # what Python prints before it exits with 1
-            return End(1, printed.out, printed.err + code)
-        return End(code or 0, printed.out, printed.err)
+            return ScriptEnd(1, printed.out, printed.err + code)
+        return ScriptEnd(code or 0, printed.out, printed.err)
 
     return run
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a folder with a tiny GPT-2, its tokenizer, and rows in the form of E2E's."""
-    folder = tmp_path_factory.mktemp("finetune")
+    data_folder = tmp_path_factory.mktemp("finetune")
     rows = [
         {"mr": f"name[{n}]", "ref": f"The place is called {n}." + " It is good." * (i % 4)}
         for i, n in enumerate("abcdefghijklmnopqrst")
     ]
     for split in ("train", "dev", "test"):
         lines = "\n".join(json.dumps(row) for row in rows)
-        (folder / f"{split}.jsonl").write_text(lines + "\n")
+        (data_folder / f"{split}.jsonl").write_text(lines + "\n")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -88,7 +88,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.train_from_iterator([row["ref"] for row in rows], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>")
-    fast.save_pretrained(folder / "model")
+    fast.save_pretrained(data_folder / "model")
     config = GPT2Config(
         vocab_size=300,
         n_embd=16,
@@ -98,31 +98,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=0,
         eos_token_id=0,
     )
-    seeded(lambda: GPT2LMHeadModel(config)).save_pretrained(folder / "model")
-    return folder
+    seeded(lambda: GPT2LMHeadModel(config)).save_pretrained(data_folder / "model")
+    return data_folder
 
 
-def finetune(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(FINETUNE), "--model", str(folder / "model"), "--steps", "6"]
-    command += ["--data", str(folder), "--eval-every", "3", "--out", str(folder / "out")]
+def run_finetune(data_folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(FINETUNE), "--model", str(data_folder / "model"), "--steps", "6"]
+    command += ["--data", str(data_folder), "--eval-every", "3", "--out", str(data_folder / "out")]
     return subprocess.run([*command, *options], capture_output=True, text=True, check=False)
 
 
-def options_of_a_step(folder: Path, out: str, *options: object) -> list[object]:
-    """Return the arguments of `main` for a finetune of one step; later options win."""
-    start = ["--model", folder / "model", "--data", folder, "--out", folder / out]
+def options_of_a_step(data_folder: Path, out: str, *options: object) -> list[object]:
+    """Return the arguments of `run_example` for a finetune of one step; later options win."""
+    start = ["--model", data_folder / "model", "--data", data_folder, "--out", data_folder / out]
     return ["finetune", *start, "--steps", 1, "--rank", 2, "--max-length", 64, *options]
 
 
 @pytest.mark.parametrize("method", ["full", "lora", *(f"rosa-{name}" for name in SAMPLER_NAMES)])
-def test_finetune_learns_and_writes_what_it_prints(folder: Path, method: str):
+def test_finetune_learns_and_writes_what_it_prints(data_folder: Path, method: str):
     options = ["--rank", "4", "--rate", "0.01", "--resample-every", "2"]
     if method.startswith("rosa"):
         options += ["--sampler", method.removeprefix("rosa-")]
-    done = finetune(folder, *options, "--method", method.partition("-")[0])
+    done = run_finetune(data_folder, *options, "--method", method.partition("-")[0])
     assert done.returncode == 0, done.stderr
     name = method if method == "full" else f"{method}-r4"
-    lines = (folder / "out" / f"e2e-model-{name}-s0.jsonl").read_text().splitlines()
+    lines = (data_folder / "out" / f"e2e-model-{name}-s0.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     dev = [record["nll"] for record in records if record["event"] == "dev"]
     assert [record["event"] for record in records].count("train") == 6
@@ -130,17 +130,19 @@ def test_finetune_learns_and_writes_what_it_prints(folder: Path, method: str):
     assert f"{records[-1]['perplexity']:.3f}" in done.stdout
 
 
-def test_the_loss_is_of_the_references_tokens_each_counted_once(folder: Path):
-    """Twenty references of four lengths, evaluated in batches; here one by one, unpadded."""
-    done = finetune(folder, "--steps", "1", "--rank", "2", "--out", str(folder / "loss"))
+def test_finetune_counts_each_token_of_the_references_once(data_folder: Path):
+    """It takes references of four lengths in batches; here they are taken one by one, unpadded."""
+    done = run_finetune(
+        data_folder, "--steps", "1", "--rank", "2", "--out", str(data_folder / "loss")
+    )
     assert done.returncode == 0, done.stderr
-    (path,) = (folder / "loss").glob("*.jsonl")
+    (path,) = (data_folder / "loss").glob("*.jsonl")
     records = (json.loads(line) for line in path.read_text().splitlines())
     found = next(record for record in records if record["event"] == "dev")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
-    model = GPT2LMHeadModel.from_pretrained(folder / "model").eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(data_folder / "model")
+    model = GPT2LMHeadModel.from_pretrained(data_folder / "model").eval()
     total, tokens = 0.0, 0
-    for line in (folder / "dev.jsonl").read_text().splitlines():
+    for line in (data_folder / "dev.jsonl").read_text().splitlines():
         row = json.loads(line)
         prompt = tokenizer(row["mr"] + "\n").input_ids
         reference = [*tokenizer(row["ref"]).input_ids, tokenizer.eos_token_id]
@@ -152,14 +154,14 @@ def test_the_loss_is_of_the_references_tokens_each_counted_once(folder: Path):
     assert found["nll"] == pytest.approx(total / tokens, rel=1e-5)
 
 
-def test_finetune_reads_eli5(main: Main, folder: Path):
-    rows = [json.loads(line) for line in (folder / "dev.jsonl").read_text().splitlines()]
-    eli5 = folder / "eli5"
+def test_finetune_reads_eli5(run_example: RunExample, data_folder: Path):
+    rows = [json.loads(line) for line in (data_folder / "dev.jsonl").read_text().splitlines()]
+    eli5 = data_folder / "eli5"
     eli5.mkdir()
     for split in ("train", "dev", "test"):
         lines = [json.dumps({"question": row["mr"], "answer": row["ref"]}) for row in rows]
         (eli5 / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    done = main(*options_of_a_step(folder, "out", "--task", "eli5", "--data", eli5))
+    done = run_example(*options_of_a_step(data_folder, "out", "--task", "eli5", "--data", eli5))
     assert done.code == 0
     assert "test perplexity" in done.out
 
@@ -173,41 +175,49 @@ def test_finetune_reads_eli5(main: Main, folder: Path):
         ('{"mr": "a", "ref": "b"}\n', "--batch 4 is more than the 1 rows of train"),
     ],
 )
-def test_the_data_are_checked_before_a_model_is_loaded(
-    main: Main, folder: Path, tmp_path: Path, lines: str | None, complaint: str
+def test_finetune_checks_its_data_before_it_loads_a_model(
+    run_example: RunExample, data_folder: Path, tmp_path: Path, lines: str | None, complaint: str
 ):
     for split in ("train", "dev", "test") if lines is not None else ():
         (tmp_path / f"{split}.jsonl").write_text(lines)
-    done = main(*options_of_a_step(folder, "none", "--data", tmp_path, "--model", "/nonexistent"))
+    done = run_example(
+        *options_of_a_step(data_folder, "none", "--data", tmp_path, "--model", "/nonexistent")
+    )
     assert done.code == 1
     assert complaint in done.err
 
 
-def test_data_that_the_hub_does_not_give_are_said_in_one_line(
-    main: Main, example: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+def test_finetune_says_in_one_line_that_the_hub_gives_no_data(
+    run_example: RunExample,
+    import_example: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     def unreachable(*_: object) -> None:
         raise ConnectionError("Couldn't reach it")
 
-    monkeypatch.setattr(example("finetune"), "load_rows", unreachable)
-    done = main("finetune")
+    monkeypatch.setattr(import_example("finetune"), "load_rows", unreachable)
+    done = run_example("finetune")
     said = "the data of e2e cannot be loaded from the Hub (pass --data): Couldn't reach it"
-    assert done == End(1, "", said)
+    assert done == ScriptEnd(1, "", said)
 
 
-def test_a_model_that_is_not_there_is_said_in_one_line(main: Main, folder: Path, tmp_path: Path):
+def test_finetune_says_in_one_line_that_there_is_no_model(
+    run_example: RunExample, data_folder: Path, tmp_path: Path
+):
     for model in ("/nonexistent", tmp_path):
-        done = main(*options_of_a_step(folder, "none", "--model", model))
+        done = run_example(*options_of_a_step(data_folder, "none", "--model", model))
         assert done.code == 1
         assert f"--model {model} cannot be loaded: " in done.err.splitlines()[-1]
-        assert not (folder / "none").exists()
+        assert not (data_folder / "none").exists()
 
 
-def test_a_rank_that_is_too_large_is_said_in_one_line(main: Main, folder: Path):
-    done = main(*options_of_a_step(folder, "none", "--rank", 17))
+def test_finetune_says_in_one_line_that_a_rank_is_too_large(
+    run_example: RunExample, data_folder: Path
+):
+    done = run_example(*options_of_a_step(data_folder, "none", "--rank", 17))
     assert done.code == 1
     assert done.err.splitlines()[-1].startswith("rank 17 is larger than")
-    assert not (folder / "none").exists()
+    assert not (data_folder / "none").exists()
 
 
 @pytest.mark.parametrize(
@@ -219,8 +229,8 @@ def test_a_rank_that_is_too_large_is_said_in_one_line(main: Main, folder: Path):
         *("--rate x", f"--data {__file__}", f"--out {__file__}", f"--out {__file__}/below"),
     ],
 )
-def test_finetune_refuses_an_option_that_has_no_meaning(main: Main, option: str):
-    done = main("finetune", *option.split())
+def test_finetune_refuses_an_option_that_has_no_meaning(run_example: RunExample, option: str):
+    done = run_example("finetune", *option.split())
     name, value = option.split()
     assert done.code == 2
     last = done.err.splitlines()[-1]
@@ -228,68 +238,72 @@ def test_finetune_refuses_an_option_that_has_no_meaning(main: Main, option: str)
     assert value.removesuffix("/below") in last
 
 
-def test_the_help_has_every_default(main: Main, monkeypatch: pytest.MonkeyPatch):
+def test_the_help_of_finetune_has_every_default(
+    run_example: RunExample, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("COLUMNS", "300")
-    options = main("finetune", "--help").out.split("\n  --")[1:]
+    options = run_example("finetune", "--help").out.split("\n  --")[1:]
     assert len(options) == 21
     assert [text for text in options if "(default: " not in text or "None" in text] == []
 
 
-def test_resuming_without_a_checkpoint_starts_anew_and_keeps_the_log(main: Main, folder: Path):
-    options = options_of_a_step(folder, "anew")
-    assert main(*options).code == 0
-    log = folder / "anew" / "e2e-model-rosa-random-r2-s0.jsonl"
+def test_finetune_without_a_checkpoint_to_resume_starts_anew_and_keeps_the_log(
+    run_example: RunExample, data_folder: Path
+):
+    options = options_of_a_step(data_folder, "anew")
+    assert run_example(*options).code == 0
+    log = data_folder / "anew" / "e2e-model-rosa-random-r2-s0.jsonl"
     first = log.read_bytes()
-    done = main(*options, "--resume")
+    done = run_example(*options, "--resume")
     assert done.code == 0
     assert f"there is no checkpoint {log.with_suffix('.safetensors')}" in done.out
     assert f"{log} is now {log.name}.1" in done.out
     assert log.with_name(f"{log.name}.1").read_bytes() == first
-    assert _records(log) == _records(log.with_name(f"{log.name}.1"))
-    main(*options, "--save-every", 1)
-    main(*options)  # a checkpoint goes with its log, to a number that is free for both
+    assert records_without_times(log) == records_without_times(log.with_name(f"{log.name}.1"))
+    run_example(*options, "--save-every", 1)
+    run_example(*options)  # the log and its checkpoint get one number
     names = {path.name.removeprefix(log.stem) for path in log.parent.iterdir()}
     assert names == {".jsonl", ".jsonl.1", ".jsonl.2", ".jsonl.3", ".safetensors.3"}
 
 
 @pytest.mark.parametrize("option", ["--steps 2", "--rate 0.5", "--resample-every 7", "--data"])
 @pytest.mark.parametrize("resume", [[], ["--resume"]])
-def test_a_run_with_other_options_is_neither_resumed_nor_overwritten(
-    main: Main, folder: Path, tmp_path: Path, option: str, resume: list[str]
+def test_finetune_does_not_resume_or_overwrite_a_run_with_other_options(
+    run_example: RunExample, data_folder: Path, tmp_path: Path, option: str, resume: list[str]
 ):
     out = tmp_path / "out"
-    options = options_of_a_step(folder, "none", "--out", out, "--save-every", 1)
-    assert main(*options).code == 0
+    options = options_of_a_step(data_folder, "none", "--out", out, "--save-every", 1)
+    assert run_example(*options).code == 0
     before = {path: path.read_bytes() for path in out.iterdir()}
     if option == "--data":
-        option = f"--data {shutil.copytree(folder, tmp_path / 'copy')}"
-    done = main(*options, *option.split(), *resume)
-    was = {"--steps": "steps=1", "--rate": "rate=None", "--data": f"data={folder}"}
+        option = f"--data {shutil.copytree(data_folder, tmp_path / 'copy')}"
+    done = run_example(*options, *option.split(), *resume)
+    was = {"--steps": "steps=1", "--rate": "rate=None", "--data": f"data={data_folder}"}
     name = option.split()[0]
     assert done.code == 1
     assert f"is of a run with {was.get(name, 'resample_every=100')}: resume with the" in done.err
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_a_killed_run_goes_on_with_the_same_bits(folder: Path):
+def test_a_killed_finetune_goes_on_with_the_same_bits(data_folder: Path):
     """Killed mid-cycle and right after a resample; dropout, moments and the order go on too."""
     options = ["--method", "rosa", "--rank", "2", "--resample-every", "4", "--save-every", "1"]
     options += ["--rate", "0.01", "--steps", "12", "--moments", "project", "--batch", "3"]
-    whole, parts = folder / "whole", folder / "parts"
-    assert finetune(folder, *options, "--out", str(whole)).returncode == 0
+    whole, parts = data_folder / "whole", data_folder / "parts"
+    assert run_finetune(data_folder, *options, "--out", str(whole)).returncode == 0
     name = "e2e-model-rosa-random-r2-s0"
-    command = [sys.executable, str(FINETUNE), "--model", str(folder / "model"), *options]
-    command += ["--data", str(folder), "--eval-every", "3", "--out", str(parts), "--resume"]
+    command = [sys.executable, str(FINETUNE), "--model", str(data_folder / "model"), *options]
+    command += ["--data", str(data_folder), "--eval-every", "3", "--out", str(parts), "--resume"]
     for kill_at in (2, 5):
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
-            while not _steps(parts / f"{name}.jsonl") >= kill_at:
+            while not logged_steps(parts / f"{name}.jsonl") >= kill_at:
                 assert run.poll() is None, run.stdout and run.stdout.read()
                 time.sleep(0.002)
             run.kill()
-    assert 5 <= _steps(parts / f"{name}.jsonl") < 12
+    assert 5 <= logged_steps(parts / f"{name}.jsonl") < 12
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    one, other = (_records(out / f"{name}.jsonl") for out in (whole, parts))
+    one, other = (records_without_times(out / f"{name}.jsonl") for out in (whole, parts))
     assert one == other
     (state, extra), (state2, extra2) = (
         checkpoint.load(out / f"{name}.safetensors") for out in (whole, parts)
@@ -299,47 +313,47 @@ def test_a_killed_run_goes_on_with_the_same_bits(folder: Path):
     assert torch.equal(extra["random"], extra2["random"])
 
 
-def _records(path: Path) -> list[dict[str, object]]:
-    """Return the lines without what time decides."""
+def records_without_times(path: Path) -> list[dict[str, object]]:
+    """Return the lines of a log without their times."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     for record in records:
         record.pop("seconds", None)
     return [record for record in records if record["event"] != "config"]
 
 
-def _steps(path: Path) -> int:
+def logged_steps(path: Path) -> int:
     lines = path.read_text().splitlines() if path.exists() else []
     return sum('"event": "train"' in line for line in lines)
 
 
-def test_trainer_refuses_an_interval_of_no_steps(main: Main):
+def test_trainer_refuses_an_interval_of_no_steps(run_example: RunExample):
     for every in (0, -2):
-        done = main("trainer", "--every", every)
+        done = run_example("trainer", "--every", every)
         assert done.code == 2
         assert f"argument --every: expected an integer of at least 1, got '{every}'" in done.err
 
 
-def test_trainer_resumes_if_there_is_a_checkpoint_and_else_says_so(
-    main: Main,
-    example: Callable[[str], ModuleType],
+def test_trainer_resumes_from_a_checkpoint_or_says_that_there_is_none(
+    run_example: RunExample,
+    import_example: Callable[[str], ModuleType],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ):
     seen: list[str | None] = []
-    monkeypatch.setattr(example("trainer"), "train", lambda args, last: seen.append(last))
+    monkeypatch.setattr(import_example("trainer"), "train", lambda args, last: seen.append(last))
     for out in (tmp_path / "absent", tmp_path):
-        done = main("trainer", "--out", out, "--resume")
-        assert done == End(0, f"there is no checkpoint in {out}: the run starts anew\n", "")
+        done = run_example("trainer", "--out", out, "--resume")
+        assert done == ScriptEnd(0, f"there is no checkpoint in {out}: the run starts anew\n", "")
     (tmp_path / "checkpoint-8").mkdir()
-    assert main("trainer", "--out", tmp_path).out == ""
-    assert main("trainer", "--out", tmp_path, "--resume").out == ""
+    assert run_example("trainer", "--out", tmp_path).out == ""
+    assert run_example("trainer", "--out", tmp_path, "--resume").out == ""
     assert seen == [None, None, None, str(tmp_path / "checkpoint-8")]
 
 
 @pytest.mark.parametrize(("name", "inner"), [("quickstart", "run"), ("trainer", "train")])
-def test_an_interruption_is_one_line(
-    main: Main,
-    example: Callable[[str], ModuleType],
+def test_an_interrupted_example_prints_one_line(
+    run_example: RunExample,
+    import_example: Callable[[str], ModuleType],
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     inner: str,
@@ -347,24 +361,28 @@ def test_an_interruption_is_one_line(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(example(name), inner, interrupted)
-    done = main(name)
+    monkeypatch.setattr(import_example(name), inner, interrupted)
+    done = run_example(name)
     assert done.code == 130
     assert done.out == ""
     assert done.err.startswith("interrupted: ") and len(done.err.splitlines()) == 1
 
 
-def test_trainer_warns_of_nothing(main: Main, tmp_path: Path):
+def test_trainer_warns_of_nothing(run_example: RunExample, tmp_path: Path):
     """A warning is an error here."""
-    done = main("trainer", "--short", "--every", 10, "--cache", tmp_path, "--out", tmp_path / "out")
+    done = run_example(
+        "trainer", "--short", "--every", 10, "--cache", tmp_path, "--out", tmp_path / "out"
+    )
     assert done.code == 0
     assert "held-out perplexity" in done.out
     assert (tmp_path / "out" / "merged" / "model.safetensors").exists()
 
 
-def test_ddp_alone_names_its_launcher(main: Main, monkeypatch: pytest.MonkeyPatch):
+def test_ddp_without_torchrun_names_its_launcher(
+    run_example: RunExample, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.delenv("RANK", raising=False)
-    done = main("ddp", "--short")
+    done = run_example("ddp", "--short")
     assert done.code == 1
     assert done.err == "start the processes with: torchrun --nproc-per-node 2 examples/ddp.py"
 
@@ -373,14 +391,16 @@ def test_ddp_alone_names_its_launcher(main: Main, monkeypatch: pytest.MonkeyPatc
     "script",
     ["quickstart --out", "quickstart --cache", "trainer --out", "trainer --cache", "ddp --cache"],
 )
-def test_a_file_is_no_folder(main: Main, script: str):
-    done = main(*script.split(), __file__)
+def test_examples_refuse_a_file_where_a_folder_is_expected(run_example: RunExample, script: str):
+    done = run_example(*script.split(), __file__)
     assert done.code == 2
     assert f"expected a folder, and {__file__} is a file" in done.err.splitlines()[-1]
 
 
-def test_the_figure_has_plain_numbers(example: Callable[[str], ModuleType], tmp_path: Path):
-    quickstart = example("quickstart")
+def test_the_figure_of_quickstart_has_plain_numbers(
+    import_example: Callable[[str], ModuleType], tmp_path: Path
+):
+    quickstart = import_example("quickstart")
     curves = {name: [(0, 340.0), (8, 180.0 - i)] for i, name in enumerate("abc")}
     results = {name: SimpleNamespace(curve=curve) for name, curve in curves.items()}
     quickstart.plot(results, tmp_path / "figure.png")

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from examples.experiments import adapting, plan, records, report, task, training
-from small_experiment import METHODS, RATES, SETTING, Seen, experiment
+from small_experiment import METHODS, RATES, SETTING, RecordingTask, experiment
 
 ROOT = Path(__file__).parents[1]
 
 
-def lines_of(method: plan.Method, phase: str = "final") -> tuple[Seen, list[records.Line]]:
-    seen = Seen()
+def lines_of(method: plan.Method, phase: str = "final") -> tuple[RecordingTask, list[records.Line]]:
+    seen = RecordingTask()
     cell = plan.Cell(SETTING, method, 1e-2, 3, phase)
     return seen, list(training.run(cell, seen.load))
 
@@ -31,7 +31,9 @@ class TestFairness:
     @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
     def test_every_method_trains_on_the_same_batches_in_the_same_order(self, method):
         seen, lines = lines_of(method)
-        expected = [batch for batch, _ in zip(Seen().load().batches(3), range(7), strict=False)]
+        expected = [
+            batch for batch, _ in zip(RecordingTask().load().batches(3), range(7), strict=False)
+        ]
         own = [b for b in seen.batches if any(torch.equal(b, e) for e in expected)]
         assert len(own) == 7
         assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))
@@ -50,7 +52,7 @@ class TestFairness:
         assert set(seen.splits) == {"dev"}
         assert "test" not in lines[-1]
 
-    def test_one_schedule_for_all_but_where_rewarming_is_what_is_compared(self):
+    def test_all_methods_share_one_schedule_except_where_rewarming_is_compared(self):
         def rates(method: plan.Method) -> list[float]:
             cell = plan.Cell(SETTING, method, 0.5, 0, "final")
             resamples = set(adapting.cycle_starts(method, 7))
@@ -63,8 +65,8 @@ class TestFairness:
             [0.25, 0.5, 0.5, 0.4 / 3, 0.3 * 2 / 3, 0.2, 0.1 / 3]
         )
 
-    def test_test_is_scored_with_the_weights_that_were_best_on_dev(self):
-        seen = Seen()
+    def test_the_test_score_is_of_the_weights_that_were_best_on_dev(self):
+        seen = RecordingTask()
         made = seen.load()
         order = iter([3.0, 1.0, 2.0, 4.0])  # of dev; the second is at step 3
         states: list[Tensor] = []
@@ -80,7 +82,7 @@ class TestFairness:
 
     def test_dropout_is_on_in_training_and_off_in_scores(self):
         modes: list[tuple[str, bool]] = []
-        made = Seen().load()
+        made = RecordingTask().load()
 
         class Noted(nn.Module):
             def __init__(self) -> None:
@@ -96,7 +98,7 @@ class TestFairness:
         assert set(modes) == {("grad", True), ("no grad", False)}
 
     def test_a_run_that_diverges_is_not_scored_however_well_it_began(self):
-        made = Seen().load()
+        made = RecordingTask().load()
         steps = iter([1.0, 1.0, 1.0, 1.0, math.nan])
 
         def loss(forward: task.Forward, batch: Tensor) -> Tensor:
@@ -110,7 +112,7 @@ class TestFairness:
 
     def test_a_cost_cell_times_the_steps_and_the_draw_and_scores_nothing(self):
         for method in (METHODS[0], METHODS[2]):
-            seen = Seen()
+            seen = RecordingTask()
             made = seen.load()
 
             def loss(forward: task.Forward, batch: Tensor, made: task.Task = made) -> Tensor:

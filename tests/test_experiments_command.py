@@ -13,7 +13,7 @@ from small_experiment import METHODS, RATES, experiment
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return the names of the experiments that are run; nothing of them is."""
+    """Return the names of the experiments that would run; none of them does."""
     names: list[str] = []
     monkeypatch.setattr(runner, "run", lambda experiment, *_: names.append(experiment.name))
     return names
@@ -32,7 +32,7 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 class TestData:
     @pytest.mark.parametrize("name", ["glue-cola", "smollm2", "e2e", "eli5", "code", "theorem"])
-    def test_a_folder_that_is_not_there_is_refused_before_anything_starts(
+    def test_a_missing_data_folder_is_refused_before_anything_starts(
         self, call, started, tmp_path, name
     ):
         folder = tmp_path / "nowhere"
@@ -113,7 +113,7 @@ class TestRefusals:
         with pytest.raises(SystemExit, match="there is no experiment 'nosuch'"):
             call("tiny", "theorem", "nosuch")
 
-    def test_git_is_told_of_nothing_that_a_run_leaves_beside_its_lines(self):
+    def test_git_ignores_what_a_run_leaves_beside_its_lines(self):
         root = plan.FOLDER.parents[1]
         lines = (root / ".gitignore").read_text(encoding="utf-8").splitlines()
         results = (plan.FOLDER / "results").relative_to(root).as_posix()

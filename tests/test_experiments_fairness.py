@@ -1,4 +1,4 @@
-"""What each method is given and what is told of it: rates, batches, moments, rows and scores."""
+"""What each method is given and what is reported: rates, batches, moments, rows and scores."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from examples.experiments import adapting, plan, runner, task, training
 from examples.experiments import tiny as small
-from small_experiment import METHODS, RATES, SETTING, Seen, experiment
+from small_experiment import METHODS, RATES, SETTING, RecordingTask, experiment
 
 RATE = 1e-2
 USUAL = [0.5, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2]  # of the rate, in the seven steps of SETTING
@@ -46,7 +46,7 @@ def loaded(name: str, data: Path) -> task.Task:
 
 @pytest.fixture
 def steps() -> Iterator[list[list[dict[str, Any]]]]:
-    """Return the groups that an optimizer has at each of its steps, with `zero` of their leaves."""
+    """Return the optimizer's groups at each step; `zero` tells whether all their leaves are 0."""
     seen: list[list[dict[str, Any]]] = []
 
     def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -62,24 +62,26 @@ def steps() -> Iterator[list[list[dict[str, Any]]]]:
 class TestSteps:
     @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
     def test_the_optimizer_steps_at_the_rates_of_the_one_schedule(self, steps, method):
-        list(training.run(cell_of(method), Seen().load))
+        list(training.run(cell_of(method), RecordingTask().load))
         expected = [RATE * part for part in (REWARMED if method.rewarm else USUAL)]
         assert all(len({group["lr"] for group in groups}) == 1 for groups in steps)
         assert [groups[0]["lr"] for groups in steps] == pytest.approx(expected)
 
-    def test_a_ratio_is_that_of_the_output_sides_rate(self, steps):
-        list(training.run(cell_of(METHODS[1]._replace(ratio=4.0)), Seen().load))
-        rates = {group["zero"]: group["lr"] for group in steps[0]}  # of LoRA it begins at zero
+    def test_a_ratio_is_the_output_sides_rate_over_that_of_the_input_side(self, steps):
+        list(training.run(cell_of(METHODS[1]._replace(ratio=4.0)), RecordingTask().load))
+        rates = {
+            group["zero"]: group["lr"] for group in steps[0]
+        }  # LoRA's output side starts at zero
         assert rates == pytest.approx({False: RATE / 2, True: 4 * RATE / 2})
 
     @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
     def test_no_method_has_weight_decay(self, steps, method):
-        list(training.run(cell_of(method), Seen().load))
+        list(training.run(cell_of(method), RecordingTask().load))
         assert {group["decay"] for groups in steps for group in groups} == {0.0}
 
     @pytest.mark.parametrize("moments", ["reset", "keep", "project", "prune"])
     def test_a_resample_does_to_the_moments_what_the_method_says(self, moments):
-        made = Seen().load()
+        made = RecordingTask().load()
         run = adapting.Run(made, cell_of(METHODS[2]._replace(moments=moments)))
         batches = made.batches(0)
         for _ in range(3):
@@ -104,8 +106,8 @@ class TestSteps:
 class TestWhatIsKept:
     @pytest.fixture
     def ended(self) -> dict[str, Any]:
-        """Return what a run ends with that is best at the second of its four evaluations."""
-        made, outputs = Seen().load(), []
+        """Return the end of a run whose second of four evaluations is the best."""
+        made, outputs = RecordingTask().load(), []
         losses = iter([3.0, 1.0, 2.0, 4.0, 0.0])  # the last is of test
 
         def evaluate(forward: task.Forward, _: str) -> task.Metrics:
@@ -149,7 +151,7 @@ class TestData:
             assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
     @pytest.mark.parametrize("name", TASKS)
-    def test_the_order_of_batches_is_the_seeds_whatever_else_is_drawn(self, data, name):
+    def test_the_order_of_batches_depends_on_the_seed_alone(self, data, name):
         made = loaded(name, data)
 
         def drawn(seed: int, globally: int) -> list[list[list[int]]]:
@@ -165,7 +167,7 @@ class TestData:
         assert drawn(5, globally=0) == drawn(5, globally=1)
         assert drawn(5, globally=0) != drawn(6, globally=0)
 
-    def test_the_tenth_of_glue_that_chooses_is_a_fixed_sample(self, data):
+    def test_the_dev_tenth_of_glue_is_a_fixed_sample(self, data):
         """The first rows of a file may be of one source or of one label."""
         content = (data / "glue" / "CoLA" / "train.jsonl").read_text(encoding="utf-8")
         sentences = [json.loads(line)["sentence"] for line in content.splitlines()]
@@ -186,7 +188,7 @@ class TestData:
 
     @pytest.mark.parametrize("name", ["CoLA", "STS-B"])
     def test_the_loss_of_glue_is_the_mean_over_its_rows(self, data, name):
-        """Of logits that a row's first word decides: (word / 10, 0), or that grade alone."""
+        """The first word of a row decides its logits: (word / 10, 0), or the grade word / 10."""
         graded, made = name == "STS-B", loaded(f"glue/{name}", data)
         content = (data / "glue" / name / "dev.jsonl").read_text(encoding="utf-8")
         rows = [json.loads(line) for line in content.splitlines()]
@@ -213,8 +215,8 @@ class TestData:
         assert made.evaluate(forward, "test")["loss"] == pytest.approx(of_dev, rel=1e-5)
 
 
-class Here:
-    """Stands for multiprocessing's context: a process has ended as soon as it was started."""
+class ProcessesThatRunAtOnce:
+    """Stands in for multiprocessing's context: a process runs to its end when it is started."""
 
     Value = staticmethod(multiprocessing.Value)
 
@@ -254,7 +256,7 @@ def test_the_progress_bar_knows_how_many_steps_are_to_go(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "tqdm", Bar)
     monkeypatch.setattr(runner, "wait", lambda sentinels, timeout: sentinels)
     monkeypatch.setattr(runner, "_work", finish)
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: Here())
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: ProcessesThatRunAtOnce())
     e = experiment(methods=METHODS[1:3], rounds=1)
     runner.run(e, None, tmp_path, tmp_path, jobs=1)
     searches, published, costs = 2 * 3 * 3, 2 * 2 * 7, 3 * plan.COST_STEPS  # full among the costs

@@ -79,7 +79,7 @@ class TestSearch:
         due = plan.due(experiment(methods=methods, start=dict.fromkeys(methods, RATES[2])), {})
         assert [(c.rate, c.steps) for c in due] == [(rate, 3) for rate in RATES[1:4]]
 
-    def test_the_key_is_of_all_that_decides_the_result_and_of_nothing_else(self):
+    def test_the_key_of_a_cell_depends_on_what_decides_the_result_and_on_nothing_else(self):
         cell = plan.Cell(SETTING, METHODS[2], 1e-3, 0, "final")
         assert cell._replace(method=METHODS[2]._replace(name="other")).key == cell.key
         others = [
@@ -99,7 +99,7 @@ class TestFiles:
         assert len(e.methods) == len({method.label for method in e.methods})
         assert {"task", "rows", "batch", "warmup", "eval_every"} <= e.setting.keys()
 
-    def test_a_method_to_compare_with_that_is_not_there_is_named(self, tmp_path):
+    def test_a_missing_method_to_compare_with_is_named(self, tmp_path):
         for name in ("e2e", "moments"):
             shutil.copy(plan.FOLDER / f"{name}.toml", tmp_path)
         assert plan.load("moments", tmp_path).compare == ("reset",)
@@ -125,7 +125,7 @@ class TestFiles:
             plan.with_model(plan.load("theorem"), "minilm")
 
     def test_every_search_for_a_rate_sees_a_resample(self):
-        """A third of the steps at least come after it, or a rate would suit one draw alone."""
+        """At least a third of the steps come after it: a rate must not suit one draw alone."""
         for name in plan.names():
             e = plan.load(name)
             steps = e.setting.get("tune_steps", 0)

@@ -40,7 +40,7 @@ class TestReport:
         return report.Result(method, 1e-3, "", runs, costs, full)
 
     @given(st.lists(st.floats(-5, 5), min_size=2, max_size=8))
-    def test_the_interval_is_students(self, values):
+    def test_the_confidence_interval_is_students(self, values):
         from scipy import stats
 
         middle, half = report.interval(values)
@@ -56,7 +56,7 @@ class TestReport:
         assert middle == pytest.approx(-0.1)
         assert half == pytest.approx(0, abs=1e-9)  # though the seeds differ by 1
 
-    def test_a_method_of_as_many_values_and_the_same_length_is_compared_with(self):
+    def test_a_method_is_compared_with_one_of_as_many_values_and_the_same_length(self):
         lora = self.result(METHODS[1], [1.0], trainable=40_960)
         one_side = self.result(METHODS[2]._replace(rank=7, train="output"), [1.0], trainable=40_320)
         higher = self.result(METHODS[2]._replace(rank=5), [1.0], trainable=51_200)
@@ -69,7 +69,7 @@ class TestReport:
 
     @pytest.mark.parametrize("other", ["final", "tune"])
     def test_cells_of_other_data_or_another_base_are_not_compared(self, tmp_path, other):
-        e = experiment(rates=RATES[:1], methods=METHODS[1:2])  # one rate, which is searched no more
+        e = experiment(rates=RATES[:1], methods=METHODS[1:2])  # one rate: nothing to search
         cells = [*plan.due(e, {}), plan.tuning(e, METHODS[1])[0]]
         for data, path in (("same", tmp_path / "same"), ("other", tmp_path / "other")):
             path.mkdir()
@@ -171,7 +171,7 @@ class TestReport:
             line["run"] = "yesterday"
         assert report.time_ratio(rosa) is None
 
-    def test_times_are_told_by_full_fine_tuning_where_it_is_in_no_table(self, tmp_path):
+    def test_times_are_relative_to_full_fine_tuning_even_where_no_table_has_it(self, tmp_path):
         e = experiment(rates=[1e-3], seeds=[0], methods=METHODS[1:3], rounds=1)
         e = e._replace(setting={**SETTING, "task": "code"})
         end = {"event": "end", "trainable": 10, "steps": 100, "cycles": 4, "best": 1.0}
@@ -207,7 +207,7 @@ class TestReport:
         assert "embeddings, biases and norms frozen" in lines[-1]
         assert lines[-1].endswith("MiB and time: a processor, 2 threads.")
 
-    def test_errors_that_span_decades_are_told_by_geometric_means(self):
+    def test_errors_that_span_decades_are_reported_by_geometric_means(self):
         lora = self.result(METHODS[1], [0.5, 0.5])
         rosa = self.result(METHODS[2], [1e-6, 1e-4])
         lines = report.table(experiment(setting={"task": "regression/linear"}), [lora, rosa])
@@ -217,7 +217,7 @@ class TestReport:
         assert f"| {shown(1e-5, low, high)} | {shown(2e-5, 2 * low, 2 * high)} |" in lines
 
 
-def test_lines_of_ones_own_do_not_go_into_the_published_page(tmp_path):
+def test_results_in_another_folder_do_not_go_into_the_published_page(tmp_path):
     published = plan.FOLDER / "results"
     own_page = tmp_path / "p.md"
     assert report.places(published, None, None, True) == (PAGE, PAGE.parent / "figures")

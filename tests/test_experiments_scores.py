@@ -52,7 +52,9 @@ class TestScores:
         worse = generation.metrics(["a b c x e f g", "what is that over here now"], references)
         assert all(worse[name] < best[name] for name in best)
 
-    def test_glue_tells_encoders_apart_and_not_the_seeds_of_a_head(self, tmp_path):
+    def test_the_digest_of_glue_depends_on_the_encoder_but_not_on_the_seed_of_the_head(
+        self, tmp_path
+    ):
         small.make(tmp_path)
         setting = {"model": "tiny:bert", "length": 32, "rows": {"train": 60}, "batch": 4}
         digests = [glue.load("CoLA", setting, seed, tmp_path).digest for seed in (0, 1)]

@@ -1,4 +1,4 @@
-"""Out of a state: a plain module, a peft adapter; and back in from an adapter."""
+"""A state exported as a plain module or a peft adapter, and imported from an adapter."""
 
 import json
 import warnings
@@ -18,7 +18,7 @@ from models import seeded, stock_model, tiny_gpt2, token_ids
 from references import main_output, model_snapshot, perturbed, storage_pointers, tied_names
 from rosa_func import export
 
-# peft warns of tied weights, and of its own and transformers' renamings.
+# peft warns about tied weights, and about names that it or transformers changed.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 WITH_EMBEDDINGS = ["wte", "wpe", "c_attn", "c_proj", "c_fc"]
@@ -29,7 +29,7 @@ def logits(model: Any, case: Any) -> Tensor:
         return model(*case.args, **case.kwargs)[0]
 
 
-def after_cycles(model: nn.Module, r: int = 2, cycles: int = 2, **options: Any) -> TensorDict:
+def trained_for_cycles(model: nn.Module, r: int = 2, cycles: int = 2, **options: Any) -> TensorDict:
     state = perturbed(rosa_func.init(model, r, **options), 0.02)
     for cycle in range(1, cycles):
         state = perturbed(rosa_func.resample(state, cycle), 0.02, seed=cycle)
@@ -39,9 +39,11 @@ def after_cycles(model: nn.Module, r: int = 2, cycles: int = 2, **options: Any) 
 class TestToModule:
     @pytest.mark.parametrize("name", ["gpt2-small", "llama", "opt", "bert", "t5", "encoder"])
     @pytest.mark.parametrize("weightless", [False, True])
-    def test_it_is_a_stock_model_with_the_merged_weights(self, name: str, weightless: bool):
+    def test_to_module_gives_a_stock_model_with_the_merged_weights(
+        self, name: str, weightless: bool
+    ):
         case = stock_model(name)
-        state = after_cycles(case.model)
+        state = trained_for_cycles(case.model)
         before = model_snapshot(case.model)
         model = export.to_module(
             rosa_func.skeleton(case.model) if weightless else case.model, state
@@ -55,9 +57,11 @@ class TestToModule:
         called = main_output(rosa_func.call(case.model, state, *case.args, **case.kwargs))
         torch.testing.assert_close(main_output(model(*case.args, **case.kwargs)), called)
 
-    def test_it_is_saved_loaded_and_generates(self, tmp_path: Path):
+    def test_an_exported_module_can_be_saved_and_loaded_and_generates(self, tmp_path: Path):
         case = stock_model("gpt2-small")
-        model = export.to_module(case.model, after_cycles(case.model, targets=WITH_EMBEDDINGS))
+        model = export.to_module(
+            case.model, trained_for_cycles(case.model, targets=WITH_EMBEDDINGS)
+        )
         model.save_pretrained(tmp_path)
         loaded = GPT2LMHeadModel.from_pretrained(tmp_path)
         assert torch.equal(logits(loaded, case), logits(model, case))
@@ -83,7 +87,7 @@ class TestToPeft:
         self, tmp_path: Path, name: str, options: dict[str, Any]
     ):
         case = stock_model(name)
-        state = after_cycles(case.model, **options)
+        state = trained_for_cycles(case.model, **options)
         before = model_snapshot(case.model)
         errors = export.to_peft(tmp_path, case.model, state)
         assert model_snapshot(case.model) == before
@@ -99,9 +103,9 @@ class TestToPeft:
         merged = adapted.merge_and_unload()
         assert float((logits(merged, case) - expected).abs().max()) <= 1e-5 * scale
 
-    def test_a_given_rank_truncates_and_says_by_how_much(self, tmp_path: Path):
+    def test_an_adapter_of_a_given_rank_has_the_returned_error(self, tmp_path: Path):
         case = stock_model("bert")
-        state = after_cycles(case.model, r=3, cycles=3)
+        state = trained_for_cycles(case.model, r=3, cycles=3)
         errors = export.to_peft(tmp_path, case.model, state, rank=2)
         tensors = load_file(tmp_path / "adapter_model.safetensors")
         assert {min(t.shape) for t in tensors.values()} == {2}
@@ -111,7 +115,7 @@ class TestToPeft:
             floor = torch.linalg.svdvals(change)[2:].norm() / merged[name].double().norm()
             assert error == pytest.approx(float(floor), rel=1e-4)
 
-    def test_ranks_differ_by_module_and_nothing_else_is_adapted(self, tmp_path: Path):
+    def test_an_adapter_has_the_ranks_and_modules_of_the_state(self, tmp_path: Path):
         class Nested(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -123,7 +127,7 @@ class TestToPeft:
 
         model = seeded(Nested)
         ranks = {"body.0.weight": 1, "*": 2}
-        state = after_cycles(model, ranks, targets=["body.0.weight", "body.1.weight"])
+        state = trained_for_cycles(model, ranks, targets=["body.0.weight", "body.1.weight"])
         export.to_peft(tmp_path, model, state)
         x = torch.linspace(-1, 1, 12).view(2, 6)
         expected = rosa_func.call(model, state, x)
@@ -170,7 +174,7 @@ class TestToPeft:
             ),
         ],
     )
-    def test_what_no_adapter_can_hold_is_named(
+    def test_to_peft_names_what_no_adapter_can_hold(
         self, tmp_path: Path, model: Any, options: dict[str, Any], message: str
     ):
         model = seeded(model)
@@ -179,14 +183,14 @@ class TestToPeft:
             export.to_peft(tmp_path / "adapter", model, state)
         assert not (tmp_path / "adapter").exists()
 
-    def test_a_skeleton_has_no_weights_to_compare_with(self, tmp_path: Path):
+    def test_to_peft_refuses_a_skeleton(self, tmp_path: Path):
         model = seeded(tiny_gpt2)
         state = rosa_func.init(model, 2)
         with pytest.raises(ValueError, match="meta device"):
             export.to_peft(tmp_path, rosa_func.skeleton(model), state)
 
 
-def peft_adapter(folder: Path, name: str, **options: Any) -> Tensor:
+def write_peft_adapter(folder: Path, name: str, **options: Any) -> Tensor:
     """Write an adapter with random factors by peft itself; return its logits."""
     case = stock_model(name)
 
@@ -225,10 +229,10 @@ class TestFromPeft:
             ),
         ],
     )
-    def test_the_state_computes_what_peft_computes_and_goes_on_training(
+    def test_a_state_from_peft_computes_what_peft_computes_and_goes_on_training(
         self, tmp_path: Path, name: str, options: dict[str, Any]
     ):
-        expected = peft_adapter(tmp_path, name, **options)
+        expected = write_peft_adapter(tmp_path, name, **options)
         case = stock_model(name)
         before = model_snapshot(case.model)
         state = export.from_peft(case.model, tmp_path)
@@ -250,16 +254,16 @@ class TestFromPeft:
         assert model_snapshot(case.model) == before
 
     @pytest.mark.parametrize("targets", [["c_attn"], WITH_EMBEDDINGS])
-    def test_there_and_back(self, tmp_path: Path, targets: list[str]):
+    def test_to_peft_and_back_gives_the_same_weights(self, tmp_path: Path, targets: list[str]):
         case = stock_model("gpt2-small")
-        state = after_cycles(case.model, targets=targets, train="ln_f")
+        state = trained_for_cycles(case.model, targets=targets, train="ln_f")
         export.to_peft(tmp_path, case.model, state)
         back = rosa_func.merge(export.from_peft(case.model, tmp_path))
         for name, value in rosa_func.merge(state).items():
             torch.testing.assert_close(back[name], value, rtol=1e-5, atol=1e-6)
 
-    def test_sixteen_bit_models(self, tmp_path: Path):
-        peft_adapter(tmp_path, "llama", r=2, target_modules=["q_proj"])
+    def test_from_peft_into_a_16_bit_model(self, tmp_path: Path):
+        write_peft_adapter(tmp_path, "llama", r=2, target_modules=["q_proj"])
         model = stock_model("llama", torch.bfloat16).model
         state = export.from_peft(model, tmp_path)
         name = "model.layers.0.self_attn.q_proj.weight"
@@ -278,26 +282,28 @@ class TestFromPeftRefusals:
             ({"peft_type": "IA3"}, "peft_type='IA3'"),
         ],
     )
-    def test_what_is_not_plain_lora(self, tmp_path: Path, change: dict[str, Any], message: str):
-        peft_adapter(tmp_path, "llama", r=2, target_modules=["q_proj"])
+    def test_from_peft_refuses_what_is_not_plain_lora(
+        self, tmp_path: Path, change: dict[str, Any], message: str
+    ):
+        write_peft_adapter(tmp_path, "llama", r=2, target_modules=["q_proj"])
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=f"not plain LoRA: {message}"):
             export.from_peft(stock_model("llama").model, tmp_path)
 
-    def test_another_model_a_half_tie_and_no_files(self, tmp_path: Path):
+    def test_from_peft_refuses_another_model_a_half_tie_and_missing_files(self, tmp_path: Path):
         with pytest.raises(FileNotFoundError, match=r"adapter_config.json"):
             export.from_peft(nn.Linear(2, 2), tmp_path)
-        peft_adapter(tmp_path, "llama", r=2, target_modules=["q_proj"])
-        with pytest.raises(KeyError, match=r"lora_A\.weight, which the model has not"):
+        write_peft_adapter(tmp_path, "llama", r=2, target_modules=["q_proj"])
+        with pytest.raises(KeyError, match=r"lora_A\.weight.*the model"):
             export.from_peft(stock_model("gpt2-small").model, tmp_path)
         half = tmp_path / "half"
-        peft_adapter(half, "gpt2-small", r=2, target_modules=["wte"])
+        write_peft_adapter(half, "gpt2-small", r=2, target_modules=["wte"])
         with pytest.raises(ValueError, match=r"wte.weight, lm_head.weight are one tied weight"):
             export.from_peft(stock_model("gpt2-small").model, half)
 
 
-def test_a_head_trained_in_full_goes_out_and_comes_back(tmp_path: Path):
+def test_to_peft_and_back_keeps_a_head_trained_in_full(tmp_path: Path):
     def build() -> Any:
         sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         config = BertConfig(vocab_size=31, intermediate_size=16, num_labels=3, **sizes)

@@ -46,23 +46,23 @@ def seeded_linear(inputs: int, outputs: int) -> nn.Linear:
 
 class TestFoldIn:
     @given(st.integers(), DATA)
-    def test_is_a_function_of_its_arguments_and_a_key_itself(self, key, data):
+    def test_fold_in_is_a_function_of_its_arguments_and_gives_a_key(self, key, data):
         folded = rosa_func.fold_in(key, *data)
         assert folded == rosa_func.fold_in(key, *data)
         assert 0 <= folded < 2**63
 
     @given(st.integers(), st.integers(), DATA, DATA)
-    def test_other_arguments_give_another_key(self, key, other, data, other_data):
+    def test_fold_in_of_other_arguments_gives_another_key(self, key, other, data, other_data):
         if (key, data) != (other, other_data):
             assert rosa_func.fold_in(key, *data) != rosa_func.fold_in(other, *other_data)
 
     @pytest.mark.parametrize("key", [True, "0", 0.0, None, torch.tensor(0)])
-    def test_refuses_what_is_not_an_int(self, key):
+    def test_fold_in_refuses_a_key_that_is_not_an_int(self, key):
         with pytest.raises(TypeError, match="a key is an int, got"):
             rosa_func.fold_in(key)
 
     @pytest.mark.parametrize("item", [True, 0.5, None])
-    def test_refuses_other_data(self, item):
+    def test_fold_in_refuses_data_other_than_ints_and_strings(self, item):
         with pytest.raises(TypeError, match="ints and strings"):
             rosa_func.fold_in(0, item)
 
@@ -118,7 +118,7 @@ class TestDraws:
         same = [torch.allclose(first[factor], second[factor]) for factor in "AB"]
         assert not all(same)
 
-    def test_the_same_bits_in_another_process_with_another_number_of_threads(self):
+    def test_another_process_with_other_threads_draws_the_same_bits(self):
         one, two = (
             subprocess.run(
                 [sys.executable, "-c", DIGEST, threads, *SAMPLER_NAMES],
@@ -131,7 +131,7 @@ class TestDraws:
         assert one == two
         assert len(set(one)) == 2 * len(SAMPLER_NAMES)
 
-    def test_the_number_of_threads_is_put_back(self):
+    def test_a_draw_restores_the_number_of_threads(self):
         before = torch.get_num_threads()
         rosa_func.resample(rosa_func.init(seeded_linear(4, 3), 1), 0)
         assert torch.get_num_threads() == before

@@ -1,10 +1,10 @@
-"""What a state holds of each weight: entries that are missing or do not fit are told by name."""
+"""The entries of a state: those that are missing or do not fit are named."""
 
 import pytest
 import torch
 
 import rosa_func
-from models import two_linear_layers
+from models import two_layers
 from references import state_bytes
 
 
@@ -27,8 +27,8 @@ from references import state_bytes
     ],
     ids=lambda value: ".".join(value) if isinstance(value, tuple) else "",
 )
-def test_a_state_whose_entries_were_removed(function, path, part):
-    model = two_linear_layers()
+def test_every_function_names_a_missing_entry_of_a_state(function, path, part):
+    model = two_layers()
     state = rosa_func.init(model, 2, exact=True)
     del state[path]
     before = state_bytes(state)
@@ -47,24 +47,24 @@ def test_a_state_whose_entries_were_removed(function, path, part):
     assert state_bytes(state) == before
 
 
-def test_factors_that_do_not_multiply_to_the_residual():
-    state = rosa_func.init(two_linear_layers(), 2)
+def test_factors_that_do_not_fit_the_residual_are_refused():
+    state = rosa_func.init(two_layers(), 2)
     state["trainable", "0.weight", "A"] = torch.ones(4, 3)
     with pytest.raises(ValueError, match=r"0\.weight.*\(4, 3\).*\(2, 6\).*\(4, 6\)"):
         rosa_func.merge(state)
 
 
-def test_a_compensation_of_another_shape_than_the_residual():
-    state = rosa_func.init(two_linear_layers(), 2, exact=True)
+def test_a_compensation_that_does_not_fit_the_residual_is_refused():
+    state = rosa_func.init(two_layers(), 2, exact=True)
     state["compensation", "0.weight"] = torch.zeros(4, 1)
     with pytest.raises(ValueError, match=r"compensation of 0\.weight .*\(4, 1\).*\(4, 6\)"):
         rosa_func.merge(state)
 
 
 @pytest.mark.parametrize("exact", [None, True])
-def test_each_weight_that_has_a_compensation_must_have_it(exact):
-    """By default it is kept for 16 bit alone, so a float32 weight beside them may be without."""
-    model = two_linear_layers()
+def test_a_missing_compensation_of_a_16_bit_weight_is_named(exact):
+    """By default only 16-bit weights have one: a float32 weight beside them needs none."""
+    model = two_layers()
     model[0].bfloat16()
     state = rosa_func.init(model, 2, exact=exact)
     assert set(state["compensation"].keys()) == {"0.weight"} | ({"2.weight"} if exact else set())
@@ -74,9 +74,9 @@ def test_each_weight_that_has_a_compensation_must_have_it(exact):
         rosa_func.merge(state)
 
 
-def test_the_compensation_of_a_float32_weight_beside_16_bit_ones_is_missed_too():
-    """Of an exact state, whose 16-bit weights have theirs in float64."""
-    model = two_linear_layers()
+def test_a_missing_compensation_of_a_float32_weight_in_an_exact_state_is_named():
+    """All weights of an exact state have one; that of a 16-bit weight is in float64."""
+    model = two_layers()
     model[0].bfloat16()
     state = rosa_func.init(model, 2, exact=True)
     del state["compensation", "2.weight"]

@@ -1,4 +1,4 @@
-"""From a checkpoint folder: the state of `init`, without the model beside it."""
+"""`init_from`: the state that `init` gives, from a folder, without a model in memory."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ import rosa_func
 from models import seeded, stock_model, tiny_gpt2
 from references import global_state, main_output, state_bytes
 
-PEAK = """
+PEAK_MEMORY = """
 import sys, torch, rosa_func
 from transformers import AutoConfig, GPT2LMHeadModel
 
@@ -36,7 +36,7 @@ print(peak() - before - held, held)
 class TestEquality:
     @pytest.mark.parametrize("name", ["gpt2-small", "llama", "opt", "bert", "roberta", "t5"])
     @pytest.mark.parametrize("shards", [False, True])
-    def test_the_state_is_that_of_init_and_the_skeleton_computes(
+    def test_init_from_gives_the_state_of_init_and_a_skeleton_that_computes(
         self, tmp_path: Path, name: str, shards: bool
     ):
         case = stock_model(name)
@@ -55,7 +55,7 @@ class TestEquality:
         )
         assert torch.equal(one, other)
 
-    def test_options_and_dtypes(self, tmp_path: Path):
+    def test_init_from_takes_the_options_of_init_and_a_dtype(self, tmp_path: Path):
         model = seeded(tiny_gpt2).to(torch.bfloat16)
         model.save_pretrained(tmp_path)
         options: dict[str, Any] = {"targets": ["wte", "c_attn"], "train": "ln_f", "exact": True}
@@ -67,7 +67,7 @@ class TestEquality:
         assert state_bytes(state) == state_bytes(expected)
         assert {p.dtype for p in weightless.parameters()} == {torch.float32}
 
-    def test_a_backbone_stored_without_its_prefix_is_found(self, tmp_path: Path):
+    def test_init_from_finds_a_backbone_stored_without_its_prefix(self, tmp_path: Path):
         model = seeded(tiny_gpt2)
         model.save_pretrained(tmp_path)
         file = tmp_path / "model.safetensors"
@@ -78,11 +78,11 @@ class TestEquality:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_peak_is_the_state_and_the_decompositions_in_work(tmp_path: Path):
+def test_the_peak_memory_of_init_from_is_the_state_and_some_decompositions(tmp_path: Path):
     sizes: Any = {"n_embd": 512, "n_head": 8, "n_layer": 12, "vocab_size": 30_000}
     model = seeded(lambda: tiny_gpt2(**{"n_positions": 64, **sizes}, initializer_range=0.02))
     model.save_pretrained(tmp_path)
-    command = [sys.executable, "-c", PEAK, str(tmp_path)]
+    command = [sys.executable, "-c", PEAK_MEMORY, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     above, held = map(int, done.stdout.split())
     assert held > 200e6
@@ -90,8 +90,8 @@ def test_the_peak_is_the_state_and_the_decompositions_in_work(tmp_path: Path):
 
 
 class TestRefusals:
-    def test_what_is_missing_is_named(self, tmp_path: Path):
-        with pytest.raises(FileNotFoundError, match=r"neither .*model\.safetensors nor"):
+    def test_init_from_names_what_is_missing(self, tmp_path: Path):
+        with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
             rosa_func.init_from(tmp_path, 2)
         model = seeded(tiny_gpt2)
         model.save_pretrained(tmp_path)
@@ -114,7 +114,9 @@ class TestRefusals:
             rosa_func.init_from(tmp_path, 2)
 
     @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float8_e4m3fn])
-    def test_a_stored_weight_of_a_dtype_that_cannot_be_split(self, tmp_path: Path, dtype):
+    def test_init_from_refuses_a_weight_of_a_dtype_that_cannot_be_split(
+        self, tmp_path: Path, dtype
+    ):
         seeded(tiny_gpt2).save_pretrained(tmp_path)
         file, name = tmp_path / "model.safetensors", "transformer.h.0.attn.c_attn.weight"
         tensors = load_file(file)
@@ -124,19 +126,19 @@ class TestRefusals:
         with pytest.raises(TypeError, match=r"dtype is None or one of .* got 'float32'"):
             rosa_func.init_from(tmp_path, 2, dtype="float32")
 
-    def test_weights_that_transformers_renames_while_loading_are_left_to_it(self, tmp_path: Path):
+    def test_init_from_refuses_weights_that_transformers_renames(self, tmp_path: Path):
         stock_model("vit").model.save_pretrained(tmp_path)
         with pytest.raises(KeyError, match="from_pretrained, which knows old and new names"):
             rosa_func.init_from(tmp_path, 2)
 
-    def test_arguments_are_refused_as_by_init(self, tmp_path: Path):
+    def test_init_from_refuses_what_init_refuses(self, tmp_path: Path):
         seeded(tiny_gpt2).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="larger than min"):
             rosa_func.init_from(tmp_path, 100)
         with pytest.raises(ValueError, match="matches no parameter"):
             rosa_func.init_from(tmp_path, 2, targets="c_atn")
 
-    def test_a_backbone_alone_is_loaded_as_its_own_class(self, tmp_path: Path):
+    def test_init_from_loads_a_backbone_as_its_own_class(self, tmp_path: Path):
         seeded(lambda: GPT2Model(tiny_gpt2().config)).save_pretrained(tmp_path)
         model, _ = rosa_func.init_from(tmp_path, 2)
         assert type(model) is GPT2Model

@@ -1,4 +1,4 @@
-"""LoRA is the special case: the weight stays as it is, and training is that of a plain LoRA."""
+"""With the sampler `lora` the weight stays as it is, and training is that of a plain LoRA."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from rosa_func import samplers
 
 
 @given(ANY_LAYOUT, SIZES, SIZES, ANY_DTYPE, st.data(), SEEDS)
-def test_the_residual_is_the_weight_and_its_storage(layout, m, n, dtype, data, seed):
+def test_the_residual_of_lora_is_the_weight_in_its_own_storage(layout, m, n, dtype, data, seed):
     module = scattered_layer(layout, m, n, dtype, seed)
     r = data.draw(st.integers(1, min(m, n)))
     state = adapt_every_weight(module, r, sampler=samplers.lora, key=seed)

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rosa_func
+from cases import ANY_SAMPLER
 from models import seeded, tiny_gpt2
 from references import state_bytes
 from rosa_func import samplers
@@ -12,11 +13,11 @@ from rosa_func import samplers
 
 @given(
     r=st.sampled_from([1, 2, 0.3, {"c_attn": 2, "*": 1}]),
-    sampler=st.sampled_from([samplers.random, samplers.projection, samplers.lora]),
+    sampler=ANY_SAMPLER,
     exact=st.sampled_from([None, True, False]),
     key=st.integers(),
 )
-def test_it_is_init_and_resample_with_their_options_bound(r, sampler, exact, key):
+def test_a_method_is_init_and_resample_with_their_options_bound(r, sampler, exact, key):
     model = seeded(tiny_gpt2)
     options = {"sampler": sampler, "targets": ["c_attn", "wte"], "train": "ln_f", "exact": exact}
     init, resample = rosa_func.method(r, **options)
@@ -27,13 +28,13 @@ def test_it_is_init_and_resample_with_their_options_bound(r, sampler, exact, key
     assert state_bytes(init(model)) == state_bytes(rosa_func.init(model, r, **options))
 
 
-def test_its_parts_have_names_and_options_can_be_overridden():
+def test_a_methods_parts_have_names_and_its_options_can_be_overridden():
     model, bound = seeded(tiny_gpt2), rosa_func.method(2, sampler=samplers.top)
     state = bound.resample(bound.init(model), 1, r=3, sampler=samplers.lora)
     assert state["trainable", "transformer.h.0.attn.c_attn.weight", "A"].shape == (12, 3)
 
 
-def test_errors_come_through():
+def test_a_method_raises_the_errors_of_init():
     with pytest.raises(TypeError, match="int or a fraction"):
         rosa_func.method("2").init(seeded(tiny_gpt2))
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'r'"):

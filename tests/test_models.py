@@ -30,59 +30,63 @@ from references import (
 )
 from rosa_func import samplers
 
-# A layer's rounding is a few eps of its inputs, and is passed on by a few tens of layers: 100 eps
-# leaves an order of magnitude of room above what comes out, and is far below any real mistake.
+# A layer rounds by a few eps, and a few tens of layers pass that on. 100 eps is ten times what
+# comes out, and far below any real mistake.
 EPSILONS = 100
 keys = st.integers(-(2**70), 2**70)
 ranks = st.sampled_from([1, 3, 0.2, 0.5])
 
 
-def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+def equal_up_to_rounding(a: torch.Tensor, b: torch.Tensor) -> bool:
     return relative_distance(a, b) <= EPSILONS * torch.finfo(b.dtype).eps
 
 
-def called(case: ModelCall, state: TensorDict) -> torch.Tensor:
+def output_of_call(case: ModelCall, state: TensorDict) -> torch.Tensor:
     return main_output(rosa_func.call(case.model, state, *case.args, **case.kwargs))
 
 
 # The function stays the same.
 
 
-CASES = list(product(STOCK_NAMES, ["sdpa", "eager"], [False, True]))
-PAIRS = list(product(SAMPLERS, SAMPLERS))
-assert len(CASES) >= len(PAIRS)  # so that every sampler comes before and after every other
+MODELS_AND_MODES = list(product(STOCK_NAMES, ["sdpa", "eager"], [False, True]))
+PAIRS_OF_SAMPLERS = list(product(SAMPLERS, SAMPLERS))
+# Enough for every sampler to come before and after every other.
+assert len(MODELS_AND_MODES) >= len(PAIRS_OF_SAMPLERS)
 
 
 @pytest.mark.parametrize(
     "name, attention, training, before, after",
-    [(*case, *pair) for case, pair in zip(CASES, cycle(PAIRS), strict=False)],
+    [
+        (*case, *pair)
+        for case, pair in zip(MODELS_AND_MODES, cycle(PAIRS_OF_SAMPLERS), strict=False)
+    ],
 )
 @settings(max_examples=2)
 @given(r=ranks, key=keys, dtype=ANY_WIDE_DTYPE)
-def test_same_output_after_init_and_after_resample(
+def test_the_output_is_the_same_after_init_and_after_resample(
     name, attention, training, before, after, r, key, dtype
 ):
     case = stock_model(name, dtype, attention)
     case.model.train(training)
     expected = case.own_output()
     state = rosa_func.init(case.model, r, key=key, sampler=before)
-    assert close(called(case, state), expected)
+    assert equal_up_to_rounding(output_of_call(case, state), expected)
     state = rosa_func.resample(state, key, sampler=after)
-    assert close(called(case, state), expected)
+    assert equal_up_to_rounding(output_of_call(case, state), expected)
 
 
 @pytest.mark.parametrize("name", STOCK_NAMES)
 def test_a_trained_state_is_the_same_function_merged_and_resampled(name):
     case = stock_model(name, torch.float64)
     state = perturbed(rosa_func.init(case.model, 2))
-    before = called(case, state)
-    assert not close(before, case.own_output())
-    assert close(called(case, rosa_func.resample(state, 1)), before)
+    before = output_of_call(case, state)
+    assert not equal_up_to_rounding(before, case.own_output())
+    assert equal_up_to_rounding(output_of_call(case, rosa_func.resample(state, 1)), before)
     merged = copy.deepcopy(case.model)
     missing, unexpected = merged.load_state_dict(rosa_func.merge(state), strict=False)
     tied = {alias for alias in merged.state_dict()} - {name for name, _ in named_tensors(merged)}
     assert set(missing) == tied and not unexpected
-    assert close(ModelCall(merged, case.args, case.kwargs).own_output(), before)
+    assert equal_up_to_rounding(ModelCall(merged, case.args, case.kwargs).own_output(), before)
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -100,19 +104,19 @@ def test_lora_leaves_the_output_bit_for_bit(name, attention):
     case.model.requires_grad_(False)
     case.model.train(name == "encoder")
     with torch.no_grad():
-        assert torch.equal(called(case, state), case.own_output())
+        assert torch.equal(output_of_call(case, state), case.own_output())
 
 
 # Gradients.
 
 
-@pytest.mark.parametrize("name, attention, training", CASES)
+@pytest.mark.parametrize("name, attention, training", MODELS_AND_MODES)
 def test_backward_gives_gradients_on_all_leaves(name, attention, training):
     case = stock_model(name, attention=attention)
     case.model.train(training)
     state = rosa_func.init(case.model, 2)
     leaves = rosa_func.named_parameters(state)
-    (called(case, state) ** 2).mean().backward()
+    (output_of_call(case, state) ** 2).mean().backward()
     without = [leaf for leaf, value in leaves.items() if value.grad is None or not value.grad.any()]
     assert not without
     assert all(p.grad is None for p in case.model.parameters())
@@ -140,7 +144,7 @@ def test_every_function_leaves_the_model_its_input_and_the_globals(
     before = state_bytes(state)
     for function in (
         lambda: rosa_func.compose(state),
-        lambda: called(case, state),
+        lambda: output_of_call(case, state),
         lambda: rosa_func.resample(state, key, sampler=sampler),
         lambda: rosa_func.merge(state),
         lambda: rosa_func.count(state),
@@ -151,7 +155,7 @@ def test_every_function_leaves_the_model_its_input_and_the_globals(
         function()
         assert state_bytes(state) == before
         assert model_snapshot(model) == model_before
-    # The one side effect of these is the flag on the leaves of the state.
+    # These have one side effect: the flag on the state's leaves.
     rosa_func.parameters(state), rosa_func.named_parameters(state)
     flags = {path[0]: flag for path, (flag, _) in state_bytes(state).items() if flag}
     assert flags == {"trainable": True}
@@ -171,7 +175,7 @@ def test_training_leaves_the_model_and_the_globals(name, train):
     for step in range(4):
         optimizer = torch.optim.AdamW(rosa_func.parameters(state), 1e-2, weight_decay=0.0)
         for _ in range(2):
-            loss = (called(case, state) - 1).square().mean()
+            loss = (output_of_call(case, state) - 1).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -214,8 +218,8 @@ def test_a_skeleton_computes_the_same_bits_without_weights(name):
     case = stock_model(name)
     state = rosa_func.init(case.model, 2)
     skeleton = rosa_func.skeleton(case.model)
-    expected = called(case, state)
-    assert torch.equal(called(ModelCall(skeleton, case.args, case.kwargs), state), expected)
+    expected = output_of_call(case, state)
+    assert torch.equal(output_of_call(ModelCall(skeleton, case.args, case.kwargs), state), expected)
     assert type(skeleton) is type(case.model)
     assert all(p.is_meta for p in skeleton.parameters())
     assert tied_names(skeleton) == tied_names(case.model)
@@ -226,8 +230,8 @@ def test_a_skeleton_computes_the_same_bits_without_weights(name):
             assert torch.equal(skeleton.get_buffer(buffer), tensor)
 
 
-def test_ties_and_rotary_frequencies_are_there_to_be_kept():
-    # The test above would be empty of them if the models had none.
+def test_some_stock_models_have_ties_or_rotary_frequencies():
+    # Without them the test above would not show that they are kept.
     assert ["transformer.wte.weight", "lm_head.weight"] in tied_names(
         stock_model("gpt2-small").model
     )
@@ -276,14 +280,14 @@ def test_default_targets_are_the_linear_weights_of_the_backbone():
         rosa_func.init(untied, 2, train="head")
 
 
-def classifier() -> nn.Module:
+def tiny_classifier() -> nn.Module:
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
     config = BertConfig(vocab_size=31, num_hidden_layers=1, num_labels=3, **shape)
     return seeded(lambda: BertForSequenceClassification(config)).eval()
 
 
 def test_a_task_head_is_trained_on_request_and_warned_of_when_it_is_not():
-    model = classifier()
+    model = tiny_classifier()
     with pytest.warns(UserWarning, match=r'classifier\.weight.*train="head"') as caught:
         state = rosa_func.init(model, 2)
     assert [warning.filename for warning in caught] == [__file__]
@@ -301,7 +305,7 @@ def test_a_16_bit_model_has_float32_factors_and_16_bit_weights_and_outputs(name,
     state = rosa_func.init(case.model, 2)
     leaves = rosa_func.parameters(state)
     assert {leaf.dtype for leaf in leaves} == {torch.float32}
-    result = called(case, state)
+    result = output_of_call(case, state)
     assert (
         result.dtype == dtype
         and relative_distance(result, case.own_output()) <= 10 * torch.finfo(dtype).eps
@@ -313,11 +317,11 @@ def test_a_16_bit_model_has_float32_factors_and_16_bit_weights_and_outputs(name,
     assert {weight.dtype for weight in rosa_func.compose(state).values()} == {dtype}
 
 
-def test_indices_and_inputs_of_any_number_of_dimensions():
+def test_call_takes_inputs_of_any_number_of_dimensions():
     model = nn.Sequential(nn.Embedding(31, 6), nn.Linear(6, 4))
     state = rosa_func.init(model, 2, targets=["0.weight", "1.weight"])
     for shape in [(), (5,), (2, 3), (2, 3, 2), (0, 3)]:
         ids = token_ids(*shape)
         assert rosa_func.call(model, state, ids).shape == (*shape, 4)
         if ids.numel():
-            assert close(rosa_func.call(model, state, ids), model(ids))
+            assert equal_up_to_rounding(rosa_func.call(model, state, ids), model(ids))

@@ -1,4 +1,4 @@
-"""The thin module: its parameters, its signature, its memory, its place in a Trainer."""
+"""RosaModule: its parameters, its signature, its state dict, its use in a Trainer."""
 
 import copy
 import inspect
@@ -20,7 +20,7 @@ from rosa_func.module import RosaModule
 from rosa_func.trainer import ResampleCallback
 
 
-def make(**options: Any) -> tuple[nn.Module, RosaModule]:
+def gpt2_and_rosa_module(**options: Any) -> tuple[nn.Module, RosaModule]:
     model = seeded(tiny_gpt2)
     options = {"targets": ["wte", "c_attn", "c_fc"], "train": "ln_f", **options}
     return model, RosaModule(model, rosa_func.init(model, 2, **options))
@@ -28,7 +28,7 @@ def make(**options: Any) -> tuple[nn.Module, RosaModule]:
 
 class TestModule:
     @pytest.mark.parametrize("name", ["gpt2-small", "llama", "bert", "t5", "sequential"])
-    def test_it_computes_what_call_computes(self, name: str):
+    def test_a_rosa_module_computes_what_call_computes(self, name: str):
         case = stock_model(name)
         state = rosa_func.init(case.model, 2)
         module = RosaModule(case.model, state)
@@ -42,8 +42,8 @@ class TestModule:
         assert torch.equal(one, other)
         assert inspect.signature(module.forward) == inspect.signature(case.model.forward)
 
-    def test_parameters_are_the_leaves_and_nothing_else(self):
-        _, module = make()
+    def test_the_parameters_of_a_rosa_module_are_the_leaves_and_nothing_else(self):
+        _, module = gpt2_and_rosa_module()
         named = dict(module.named_parameters())
         expected = {f"trainable.{name}": leaf for name, leaf in leaves(module.state).items()}
         assert named.keys() == expected.keys()
@@ -51,7 +51,7 @@ class TestModule:
         assert all(p.requires_grad for p in module.parameters())
 
     @pytest.mark.parametrize("sampler", [samplers.random, samplers.lora])
-    def test_neither_the_model_nor_the_state_is_written_to(self, sampler: Any):
+    def test_a_rosa_module_writes_to_neither_the_model_nor_the_state(self, sampler: Any):
         model = seeded(tiny_gpt2)
         state = rosa_func.init(model, 2, sampler=sampler, train="ln_f")
         before, bits = model_snapshot(model), state_bytes(state)
@@ -67,11 +67,11 @@ class TestModule:
         assert model_snapshot(model) == before
         assert state_bytes(state) == bits
 
-    def test_the_state_dict_is_the_whole_state(self):
-        _, module = make(exact=True)
+    def test_the_state_dict_of_a_rosa_module_is_the_whole_state(self):
+        _, module = gpt2_and_rosa_module(exact=True)
         paths = module.state.keys(True, True)
         assert set(module.state_dict()) == {".".join(path) for path in paths}
-        _, other = make(exact=True, key=7)
+        _, other = gpt2_and_rosa_module(exact=True, key=7)
         other.load_state_dict(module.state_dict())
         assert state_bytes(other.state.detach()) == state_bytes(module.state.detach())
         with pytest.raises(RuntimeError, match="Missing key"):
@@ -85,8 +85,8 @@ class TestModule:
         }
 
     @pytest.mark.parametrize("moments", ["reset", "keep", "project"])
-    def test_a_resample_is_that_of_the_functions_in_the_same_parameters(self, moments: str):
-        model, module = make()
+    def test_a_rosa_module_resamples_as_the_functions_do_in_the_same_parameters(self, moments: str):
+        model, module = gpt2_and_rosa_module()
         state = rosa_func.init(model, 2, targets=["wte", "c_attn", "c_fc"], train="ln_f")
         own = list(module.parameters())
         one = torch.optim.Adam(module.parameters(), 0.01)
@@ -111,8 +111,8 @@ class TestModule:
         assert len(calls) == 6
         assert state_bytes(module.state.detach()) == state_bytes(state.detach())
 
-    def test_modes_copies_and_methods_of_the_model(self):
-        model, module = make()
+    def test_a_rosa_module_has_the_modes_copies_and_methods_of_its_model(self):
+        model, module = gpt2_and_rosa_module()
         assert module.config is not None
         assert not module.eval().skeleton.training
         assert module.train().skeleton.training
@@ -140,7 +140,7 @@ class TestModule:
         with pytest.raises(AttributeError, match="nonsense"):
             module.nonsense  # noqa: B018
 
-    def test_moving_takes_the_buffers_that_no_state_holds_along(self):
+    def test_moving_a_rosa_module_moves_the_buffers_that_no_state_holds(self):
         case = stock_model("llama")
         module = RosaModule(case.model, rosa_func.init(case.model, 2)).double()
         assert {b.dtype for b in module.skeleton.buffers() if b.is_floating_point()} == {
@@ -149,10 +149,10 @@ class TestModule:
         assert module(*case.args, **case.kwargs).logits.dtype == torch.float64
 
 
-@pytest.mark.filterwarnings("ignore")  # of accelerate's own use of torch
-def test_accelerate_trains_it_as_a_plain_loop_does():
+@pytest.mark.filterwarnings("ignore")  # about accelerate's own use of torch
+def test_accelerate_trains_a_rosa_module_as_a_plain_loop_does():
     def train(accelerated: bool) -> dict[Any, Any]:
-        _, module = make()
+        _, module = gpt2_and_rosa_module()
         optimizer: Any = torch.optim.AdamW(module.parameters(), 0.01, weight_decay=0.0)
         backward: Any = Tensor.backward
         prepared = module
@@ -171,7 +171,7 @@ def test_accelerate_trains_it_as_a_plain_loop_does():
     assert train(accelerated=True) == train(accelerated=False)
 
 
-class _Interrupt(TrainerCallback):
+class StopAtStep(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step
 
@@ -179,12 +179,12 @@ class _Interrupt(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
-@pytest.mark.filterwarnings("ignore")  # of Trainer's own use of torch
+@pytest.mark.filterwarnings("ignore")  # about Trainer's own use of torch
 class TestTrainer:
     def run(
         self, folder: Path, every: int | None, *callbacks: TrainerCallback, resume: bool = False
     ) -> tuple[RosaModule, Trainer]:
-        _, module = make()
+        _, module = gpt2_and_rosa_module()
         data = [{"input_ids": row, "labels": row} for row in token_ids(8, 8)]
         arguments = TrainingArguments(
             str(folder),
@@ -204,7 +204,7 @@ class TestTrainer:
 
     # Inside an epoch of 2 steps or a cycle of 3, and right before a resample.
     @pytest.mark.parametrize(("every", "at"), [(3, 2), (3, 3), (None, 3), (None, 4)])
-    def test_it_learns_resamples_and_resumes_with_the_same_bits(
+    def test_trainer_learns_resamples_and_resumes_with_the_same_bits(
         self, tmp_path: Path, every: int | None, at: int
     ):
         draws: list[int] = []
@@ -219,15 +219,17 @@ class TestTrainer:
         # Every 3 of 8 steps, or each of 4 epochs of 2 steps.
         starts = [step for step in range(1, 8) if draws[step] != draws[step - 1]]
         assert starts == ([3, 6] if every else [2, 4, 6])
-        untrained = Trainer(make()[1], trainer.args, eval_dataset=trainer.train_dataset)
+        untrained = Trainer(
+            gpt2_and_rosa_module()[1], trainer.args, eval_dataset=trainer.train_dataset
+        )
         assert trainer.evaluate(trainer.train_dataset)["eval_loss"] < (
             untrained.evaluate()["eval_loss"] - 0.1
         )
-        self.run(tmp_path / "parts", every, _Interrupt(at))
+        self.run(tmp_path / "parts", every, StopAtStep(at))
         parts, _ = self.run(tmp_path / "parts", every, resume=True)
         assert state_bytes(parts.state.detach()) == state_bytes(whole.state.detach())
 
-    def test_refusals(self, tmp_path: Path):
+    def test_the_resample_callback_refuses_wrong_arguments(self, tmp_path: Path):
         with pytest.raises(ValueError, match="positive number of steps, got 0"):
             ResampleCallback(0)
         for wrong in (2.5, True, "10"):
@@ -243,7 +245,7 @@ class TestTrainer:
             ResampleCallback(3).on_train_begin(None, None, None, model=nn.Linear(2, 2))
 
 
-def test_a_module_without_its_parts_says_so():
+def test_a_rosa_module_names_what_its_state_lacks():
     model = seeded(lambda: nn.Sequential(nn.Linear(4, 3)))
     state = rosa_func.init(model, 2)
     del state["frozen", "0.weight"]

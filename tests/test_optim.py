@@ -1,4 +1,4 @@
-"""An optimizer over a resample: what is kept, what starts afresh, what is carried."""
+"""An optimizer across a resample: what is kept, what is reset, what is projected."""
 
 import copy
 from collections.abc import Callable
@@ -71,25 +71,25 @@ def trained(name: str, r: int = 2, steps: int = 4) -> tuple[torch.optim.Optimize
     return optimizer, state
 
 
-def snapshot(optimizer: torch.optim.Optimizer) -> Any:
+def optimizer_snapshot(optimizer: torch.optim.Optimizer) -> Any:
     return copy.deepcopy(optimizer.state_dict())
 
 
-def same(one: Any, other: Any) -> bool:
+def identical(one: Any, other: Any) -> bool:
     """Compare two state dicts bit for bit."""
     if isinstance(one, Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(identical(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
+        return len(one) == len(other) and all(map(identical, one, other))
     return one == other
 
 
-class TestWhatIsKept:
+class TestWhatRebindKeeps:
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize("name", OPTIMIZERS)
-    def test_factors_that_did_not_change_go_on_as_if_nothing_had_been(self, name: str, mode: str):
+    def test_rebinding_equal_factors_changes_nothing(self, name: str, mode: str):
         optimizer, state = trained(name)
         train(optimizer, state, range(4, 8))
         other, begun = trained(name)
@@ -98,7 +98,7 @@ class TestWhatIsKept:
         train(other, clone, range(4, 8))
         for one, two in zip(leaves(state).values(), leaves(clone).values(), strict=True):
             assert torch.equal(one, two)
-        assert same(snapshot(optimizer), snapshot(other))
+        assert identical(optimizer_snapshot(optimizer), optimizer_snapshot(other))
 
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize("name", PROJECTED)
@@ -108,10 +108,10 @@ class TestWhatIsKept:
         before = copy.deepcopy(optimizer.state.get(bias, {}))
         new = rosa_func.resample(state, 1)
         rosa_func.optim.rebind(optimizer, state, new, moments=mode, **MODES[mode])
-        assert same(optimizer.state.get(new["trainable", "0.bias"], {}), before)
+        assert identical(optimizer.state.get(new["trainable", "0.bias"], {}), before)
         assert bias not in optimizer.state
 
-    def test_groups_rates_and_the_schedule_stay(self):
+    def test_rebinding_keeps_groups_rates_and_the_schedule(self):
         def rates(every: int | None) -> list[list[float]]:
             state = make_state()
             groups = rosa_func.optim.groups(state, A={"lr": 0.1}, full={"weight_decay": 0.5})
@@ -134,7 +134,7 @@ class TestWhatIsKept:
 
         assert rates(every=3) == rates(every=None)
 
-    def test_parameters_of_others_and_factors_left_out_are_not_touched(self):
+    def test_rebinding_leaves_other_parameters_and_omitted_factors_alone(self):
         state, other = make_state(), nn.Parameter(torch.ones(3))
         groups = rosa_func.optim.groups(state, B=None, full=None)
         optimizer = torch.optim.Adam([*groups, {"params": [other]}])
@@ -149,7 +149,7 @@ class TestWhatIsKept:
 
 class TestReset:
     @pytest.mark.parametrize("name", OPTIMIZERS)
-    def test_the_first_step_is_that_of_a_new_optimizer(self, name: str):
+    def test_the_first_step_after_a_reset_is_that_of_a_new_optimizer(self, name: str):
         optimizer, state = trained(name, steps=50)
         new = rosa_func.resample(state, 1)
         copied = new.apply(lambda t: t.detach().clone())
@@ -171,12 +171,12 @@ class TestReset:
 
 class TestKeepAndPrune:
     @pytest.mark.parametrize("name", OPTIMIZERS)
-    def test_keep_hands_over_the_very_moments(self, name: str):
+    def test_keep_hands_over_the_moments_bit_for_bit(self, name: str):
         optimizer, state = trained(name)
-        before = snapshot(optimizer)
+        before = optimizer_snapshot(optimizer)
         new = rosa_func.resample(state, 1)
         rosa_func.optim.rebind(optimizer, state, new, moments="keep")
-        assert same(snapshot(optimizer), before)
+        assert identical(optimizer_snapshot(optimizer), before)
         train(optimizer, new, range(1))
 
     @given(fraction=st.floats(0, 1), name=st.sampled_from(["Adam", "momentum", "Adamax"]))
@@ -222,7 +222,7 @@ class TestProject:
         torch.testing.assert_close(left @ right, least, rtol=1e-7, atol=1e-7)
 
     @given(shape=shapes, seed=st.integers(0, 2**32 - 1), missing=st.sampled_from("AB"))
-    def test_a_factor_without_a_moment_says_nothing(
+    def test_a_factor_without_a_moment_adds_nothing_to_the_gradients_moment(
         self, shape: tuple[int, int, int, int], seed: int, missing: str
     ):
         m, n, r, _ = shape
@@ -243,7 +243,7 @@ class TestProject:
         assert all(leaf.isfinite().all() for leaf in leaves(new).values())
 
     @pytest.mark.parametrize("name", ["momentum", "Adam"])
-    def test_another_basis_of_the_same_subspace_gets_the_moments_in_that_basis(self, name: str):
+    def test_project_gives_another_basis_of_the_same_subspace_its_moments(self, name: str):
         optimizer, state = trained(name)
         slot = "momentum_buffer" if name == "momentum" else "exp_avg"
         T = torch.tensor([[2.0, 1.0], [-1.0, 3.0]])
@@ -261,7 +261,7 @@ class TestProject:
         torch.testing.assert_close(optimizer.state[B2][slot], A2.T @ G)
 
     @pytest.mark.parametrize("name", ["Adagrad", "Adafactor"])
-    def test_second_moments_of_equal_variance_along_a_row_are_exact(self, name: str):
+    def test_projected_second_moments_of_equal_variance_along_a_row_are_exact(self, name: str):
         optimizer, state = trained(name)
         new = rosa_func.resample(state, 3, r=3)
         variance = torch.arange(1.0, 7.0)
@@ -285,12 +285,14 @@ class TestProject:
             torch.testing.assert_close(slots["col_var"], expected.mean(0, keepdim=True))
 
     @pytest.mark.parametrize("name", PROJECTED)
-    def test_shapes_types_and_counts_are_those_that_the_optimizer_needs(self, name: str):
+    def test_projected_moments_have_the_shapes_and_counts_that_the_optimizer_needs(self, name: str):
         optimizer, state = trained(name)
         new = rosa_func.resample(state, 1, r=3)
         counts = [slots.get("step") for slots in optimizer.state.values()]
         rosa_func.optim.rebind(optimizer, state, new, moments="project")
-        assert same([slots.get("step") for slots in optimizer.state.values()], counts) or counts
+        assert (
+            identical([slots.get("step") for slots in optimizer.state.values()], counts) or counts
+        )
         for slots in optimizer.state.values():
             if "exp_avg_sq" in slots:
                 assert (slots["exp_avg_sq"] >= slots["exp_avg"].square() * (1 - 1e-6)).all() or (
@@ -300,7 +302,7 @@ class TestProject:
         assert all(leaf.isfinite().all() for leaf in leaves(new).values())
 
 
-class TestRefusals:
+class TestRebindRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
@@ -310,12 +312,12 @@ class TestRefusals:
             ({"moments": "prune", "fraction": 1.5}, r"\[0, 1\], got 1.5"),
         ],
     )
-    def test_options(self, options: dict[str, Any], message: str):
+    def test_rebind_refuses_wrong_options(self, options: dict[str, Any], message: str):
         optimizer, state = trained("Adam")
-        before, held = snapshot(optimizer), optimizer.param_groups[0]["params"][:]
+        before, held = optimizer_snapshot(optimizer), optimizer.param_groups[0]["params"][:]
         with pytest.raises(ValueError, match=message):
             rosa_func.optim.rebind(optimizer, state, rosa_func.resample(state, 1), **options)
-        assert same(snapshot(optimizer), before)
+        assert identical(optimizer_snapshot(optimizer), before)
         assert all(map(lambda a, b: a is b, held, optimizer.param_groups[0]["params"]))
 
     @pytest.mark.parametrize(
@@ -327,22 +329,24 @@ class TestRefusals:
             ("RMSprop", "project", "'grad_avg' of this optimizer is"),
         ],
     )
-    def test_what_a_mode_cannot_carry(self, name: str, mode: str, message: str):
+    def test_rebind_refuses_moments_that_a_mode_cannot_carry(
+        self, name: str, mode: str, message: str
+    ):
         optimizer, state = trained(name)
-        before = snapshot(optimizer)
+        before = optimizer_snapshot(optimizer)
         new = rosa_func.resample(state, 1, r=3)
         with pytest.raises(ValueError, match=message):
             rosa_func.optim.rebind(optimizer, state, new, moments=mode, **MODES[mode])
-        assert same(snapshot(optimizer), before)
+        assert identical(optimizer_snapshot(optimizer), before)
         assert optimizer.param_groups[0]["params"][0] is state["trainable", "0.weight", "A"]
 
-    def test_lbfgs(self):
+    def test_rebind_refuses_lbfgs(self):
         state = make_state()
         optimizer = torch.optim.LBFGS(rosa_func.parameters(state))
         with pytest.raises(ValueError, match="make a new LBFGS"):
             rosa_func.optim.rebind(optimizer, state, rosa_func.resample(state, 1))
 
-    def test_states_that_do_not_belong_together(self):
+    def test_rebind_refuses_states_that_do_not_belong_together(self):
         optimizer, state = trained("Adam")
         other = rosa_func.init(make_model(), 2)
         with pytest.raises(KeyError, match=r"0.bias is in only one"):
@@ -361,11 +365,11 @@ class TestGroups:
         assert {name: found[id(leaf)] for name, leaf in named.items()} == expected
         assert all(leaf.requires_grad for leaf in named.values())
 
-    def test_refusals(self):
+    def test_groups_refuses_options_that_it_cannot_use(self):
         training, fresh = (rosa_func.init(make_model(), 2) for _ in range(2))
         assert len(rosa_func.optim.groups(training)) == 2  # none in full
-        for state in (training, fresh):  # gradients are required of the first
-            before = state_bytes(state)  # which has the flags
+        for state in (training, fresh):  # the leaves of the first require gradients
+            before = state_bytes(state)  # with the flags
             with pytest.raises(ValueError, match="options of B have 'params'"):
                 rosa_func.optim.groups(state, A=None, B={"params": []})
             with pytest.raises(ValueError, match="no tensor is left"):
@@ -388,7 +392,7 @@ class TestRewarm:
             if not steps:
                 assert factor(step) == 0.9**step
 
-    def test_refusals(self):
+    def test_rewarm_refuses_wrong_steps(self):
         with pytest.raises(ValueError, match="positive number of steps, got 0"):
             rosa_func.optim.rewarm(lambda step: 1.0, 0, 0)
         with pytest.raises(ValueError, match=r"\[0, 3\), got 3"):

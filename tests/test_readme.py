@@ -12,8 +12,8 @@ from models import seeded, tiny_gpt2, token_ids
 README = Path(__file__).parents[1] / "README.md"
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of transformers, where weights are tied
-def test_the_python_blocks_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+@pytest.mark.filterwarnings("ignore::UserWarning")  # from transformers, about tied weights
+def test_the_python_blocks_of_the_readme_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
     seeded(lambda: tiny_gpt2(6, n_positions=32)).save_pretrained(tmp_path / "folder")
     monkeypatch.setattr(

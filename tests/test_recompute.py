@@ -12,10 +12,12 @@ from models import randn, seeded, stock_model, tiny_gpt2, token_ids
 from references import main_output, storage_pointers
 from rosa_func.leaves import leaves
 
-RIGHT = {"use_reentrant": False, "context_fn": rosa_func.recompute}
+RECOMPUTE = {"use_reentrant": False, "context_fn": rosa_func.recompute}
 
 
-def gradients(model: nn.Module, state: Any, ids: Tensor, bound: bool = False) -> dict[str, Tensor]:
+def gradients_of_leaves(
+    model: nn.Module, state: Any, ids: Tensor, bound: bool = False
+) -> dict[str, Tensor]:
     """Return the gradients of all leaves; dropout draws from one seed."""
     for leaf in rosa_func.parameters(state):
         leaf.grad = None
@@ -30,37 +32,37 @@ def gradients(model: nn.Module, state: Any, ids: Tensor, bound: bool = False) ->
     return {name: leaf.grad for name, leaf in leaves(state).items()}
 
 
-class TestGradients:
+class TestCheckpointedGradients:
     @pytest.mark.parametrize("bound", [False, True])
     @pytest.mark.parametrize("dropout", [0.0, 0.5])
     @pytest.mark.parametrize("weightless", [False, True])
-    def test_they_are_bit_for_bit_the_plain_ones(
+    def test_checkpointed_gradients_are_bit_for_bit_the_plain_ones(
         self, dropout: float, weightless: bool, bound: bool
     ):
         model = seeded(lambda: tiny_gpt2(layers=3, dropout=dropout)).train()
         state = rosa_func.init(model, 2, targets=["wte", "c_attn", "c_proj", "c_fc"], train="ln_f")
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         ids = token_ids(2, 8)
-        plain = gradients(model, state, ids, bound)
-        model.activation_checkpointing_enable(RIGHT)
+        plain = gradients_of_leaves(model, state, ids, bound)
+        model.activation_checkpointing_enable(RECOMPUTE)
         used = rosa_func.skeleton(model) if weightless else model
-        again = gradients(used, state, ids, bound)
+        again = gradients_of_leaves(used, state, ids, bound)
         assert all(g is not None and g.any() for g in plain.values())
         assert all(torch.equal(again[name], plain[name]) for name in plain)
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
         assert all(p.is_meta for p in used.parameters()) or not weightless
 
-    def test_the_older_name_of_the_switch_works_too(self):
+    def test_gradient_checkpointing_enable_works_too(self):
         model = seeded(tiny_gpt2).train()
         state, ids = rosa_func.init(model, 2), token_ids(2, 8)
-        plain = gradients(model, state, ids)
+        plain = gradients_of_leaves(model, state, ids)
         with pytest.warns(FutureWarning, match="deprecated"):
-            model.gradient_checkpointing_enable(RIGHT)
-        again = gradients(model, state, ids)
+            model.gradient_checkpointing_enable(RECOMPUTE)
+        again = gradients_of_leaves(model, state, ids)
         assert all(torch.equal(again[name], plain[name]) for name in plain)
 
     @pytest.mark.parametrize("name", ["llama", "opt", "bert", "t5"])
-    def test_other_architectures(self, name: str):
+    def test_checkpointed_gradients_of_other_architectures(self, name: str):
         case = stock_model(name)
         model = case.model.train()
         state = rosa_func.init(model, 2)
@@ -73,22 +75,22 @@ class TestGradients:
             return {name: leaf.grad for name, leaf in leaves(state).items()}
 
         plain = run()
-        model.activation_checkpointing_enable(RIGHT)
+        model.activation_checkpointing_enable(RECOMPUTE)
         again = run()
         for leaf, gradient in plain.items():
-            if name == "t5":  # whose stock gradients change in the last bits as well
+            if name == "t5":  # the stock model's gradients change in the last bits too
                 torch.testing.assert_close(again[leaf], gradient)
             else:
                 assert torch.equal(again[leaf], gradient)
 
-    def test_a_model_that_checkpoints_by_itself_and_two_backward_passes(self):
+    def test_a_model_that_checkpoints_by_itself_takes_two_backward_passes(self):
         class Checkpointed(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
                 self.inner = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
 
             def forward(self, x: Tensor) -> Tensor:
-                return checkpoint(self.inner, x, **RIGHT)
+                return checkpoint(self.inner, x, **RECOMPUTE)
 
         model = seeded(Checkpointed)
         state = rosa_func.init(model, 2)
@@ -96,7 +98,7 @@ class TestGradients:
         loss = rosa_func.call(model, state, x).square().sum()
         first = torch.autograd.grad(loss, list(named.values()), retain_graph=True)
         second = torch.autograd.grad(loss, list(named.values()))
-        plain = rosa_func.call(model.inner, _inner(state), x).square().sum()
+        plain = rosa_func.call(model.inner, state_of_the_submodule_inner(state), x).square().sum()
         expected = torch.autograd.grad(plain, list(named.values()))
         for one, two, three in zip(first, second, expected, strict=True):
             assert torch.equal(one, two)
@@ -105,13 +107,13 @@ class TestGradients:
         model(x).sum().backward()
         assert model.inner[0].weight.grad is not None
 
-    def test_two_models_bound_at_once(self):
+    def test_checkpointing_in_two_models_bound_at_once(self):
         models = [seeded(tiny_gpt2, seed=seed).train() for seed in (0, 1)]
         states = [rosa_func.init(model, 2, train="ln_1") for model in models]
         ids = token_ids(2, 8)
-        plain = [gradients(*pair, ids) for pair in zip(models, states, strict=True)]
+        plain = [gradients_of_leaves(*pair, ids) for pair in zip(models, states, strict=True)]
         for model, state in zip(models, states, strict=True):
-            model.activation_checkpointing_enable(RIGHT)
+            model.activation_checkpointing_enable(RECOMPUTE)
             for leaf in leaves(state).values():
                 leaf.grad = None
         with rosa_func.bind(models[0], states[0]), rosa_func.bind(models[1], states[1]):
@@ -120,7 +122,7 @@ class TestGradients:
         for state, expected in zip(states, plain, strict=True):
             assert all(torch.equal(leaf.grad, expected[n]) for n, leaf in leaves(state).items())
 
-    def test_less_memory_is_saved_for_the_backward_pass(self):
+    def test_checkpointing_saves_less_for_the_backward_pass(self):
         model = seeded(lambda: tiny_gpt2(layers=6)).train()
         state, ids = rosa_func.init(model, 2), token_ids(4, 8)
         rosa_func.parameters(state)
@@ -140,11 +142,11 @@ class TestGradients:
             return sum(sizes.values())
 
         plain = saved()
-        model.activation_checkpointing_enable(RIGHT)
+        model.activation_checkpointing_enable(RECOMPUTE)
         assert saved() < plain / 3
 
 
-def _inner(state: Any) -> Any:
+def state_of_the_submodule_inner(state: Any) -> Any:
     """Return the state of the submodule `inner`, with the same leaves."""
     parts = {
         part: {name.removeprefix("inner."): value for name, value in entries.items()}
@@ -153,7 +155,7 @@ def _inner(state: Any) -> Any:
     return type(state)({part: type(state)(entries) for part, entries in parts.items()})
 
 
-class TestRefusals:
+class TestCheckpointingRefusals:
     @pytest.mark.parametrize(
         "options",
         [
@@ -163,7 +165,7 @@ class TestRefusals:
             {"use_reentrant": True, "context_fn": rosa_func.recompute},
         ],
     )
-    def test_checkpointing_that_would_compute_with_other_weights(self, options: Any):
+    def test_checkpointing_that_would_compute_with_other_weights_is_refused(self, options: Any):
         model = seeded(lambda: tiny_gpt2()).train()
         state, ids = rosa_func.init(model, 2), token_ids(2, 8)
         model.activation_checkpointing_enable(options)
@@ -174,7 +176,7 @@ class TestRefusals:
             with pytest.raises(ValueError, match=r"context_fn.: rosa_func\.recompute"):
                 attempt()
         if options and options["use_reentrant"]:
-            return  # torch has its own warnings and errors for these without a gradient
+            return  # without a gradient torch warns or fails by itself
         with torch.no_grad():
             rosa_func.call(model, state, ids, use_cache=False)
         rosa_func.call(model.eval(), state, ids)

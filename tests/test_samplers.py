@@ -20,8 +20,8 @@ def site(seed: int, input_dim: int = 1) -> Site:
     return Site("weight", input_dim, torch.Generator().manual_seed(seed))
 
 
-def matrix(m: int, n: int, seed: int) -> torch.Tensor:
-    """A float64 matrix whose singular values are 1, 2, ... so that its directions are certain."""
+def matrix_of_known_spectrum(m: int, n: int, seed: int) -> torch.Tensor:
+    """Return a float64 matrix with singular values 1, 2, ... so that its directions are certain."""
     draw = torch.Generator().manual_seed(seed)
     k = min(m, n)
     U = torch.linalg.qr(torch.randn(m, k, generator=draw, dtype=torch.float64))[0]
@@ -43,14 +43,14 @@ class TestSingularDirections:
     @given(SIDES, SIDES, st.data(), SEEDS)
     def test_random_is_exactly_r_terms_of_the_svd(self, m, n, data, seed):
         r = data.draw(st.integers(1, min(m, n)))
-        W = matrix(m, n, seed)
+        W = matrix_of_known_spectrum(m, n, seed)
         A, B = samplers.random(W, r, site(seed))
         assert len(terms_of_the_svd(W, A @ B)) == r
 
     @given(SIDES, SIDES, st.data(), SEEDS)
-    def test_the_residual_and_the_product_are_orthogonal(self, m, n, data, seed):
+    def test_the_residual_and_the_product_of_random_are_orthogonal(self, m, n, data, seed):
         r = data.draw(st.integers(1, min(m, n)))
-        W = matrix(m, n, seed)
+        W = matrix_of_known_spectrum(m, n, seed)
         A, B = samplers.random(W, r, site(seed))
         P = A @ B
         bound = 1e-13 * W.norm() ** 2
@@ -58,10 +58,10 @@ class TestSingularDirections:
         assert (P @ (W - P).T).norm() <= bound
 
     @given(SIDES, SIDES, st.data(), SEEDS)
-    def test_top_and_bottom_take_the_ends(self, m, n, data, seed):
+    def test_top_and_bottom_take_the_largest_and_the_smallest_terms(self, m, n, data, seed):
         k = min(m, n)
         r = data.draw(st.integers(1, k))
-        W = matrix(m, n, seed)
+        W = matrix_of_known_spectrum(m, n, seed)
         for sampler, expected in (
             (samplers.top, list(range(r))),
             (samplers.bottom, list(range(k - r, k))),
@@ -70,7 +70,7 @@ class TestSingularDirections:
             assert terms_of_the_svd(W, A @ B) == expected
 
     def test_bottom_is_right_in_float32_where_a_float32_gram_matrix_is_not(self):
-        W = matrix(24, 40, 0)
+        W = matrix_of_known_spectrum(24, 40, 0)
         U, _, Vh = torch.linalg.svd(W, full_matrices=False)
         S = torch.logspace(0, -4, 24, dtype=torch.float64)
         W, expected = U * S @ Vh, U[:, -4:] * S[-4:] @ Vh[-4:]
@@ -89,7 +89,7 @@ class TestSingularDirections:
         )
         assert error(torch.float64) <= bound < error(torch.float32)
 
-    def test_every_index_is_drawn_at_its_share(self):
+    def test_random_draws_every_index_equally_often(self):
         n, k, draws = 32, 4, 20_000
         W = torch.diag(torch.arange(1.0, n + 1))
         generator = torch.Generator().manual_seed(0)
@@ -105,7 +105,7 @@ class TestSingularDirections:
     @given(SIDES, SIDES, st.data(), SEEDS)
     def test_singular_values_are_shared_equally(self, m, n, data, seed):
         r = data.draw(st.integers(1, min(m, n)))
-        A, B = samplers.top(matrix(m, n, seed), r, site(seed))
+        A, B = samplers.top(matrix_of_known_spectrum(m, n, seed), r, site(seed))
         assert torch.allclose(A.norm(dim=0), B.norm(dim=1), rtol=1e-12)
 
     @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -119,15 +119,15 @@ class TestSingularDirections:
 
 class TestGram:
     @given(SIDES, SIDES, st.integers(1, 12), SEEDS)
-    def test_is_the_lower_triangle_whatever_the_block(self, m, n, rows, seed):
-        W = matrix(m, n, seed)
+    def test_gram_is_the_lower_triangle_whatever_the_block(self, m, n, rows, seed):
+        W = matrix_of_known_spectrum(m, n, seed)
         # Products of n terms, added in any order (Higham 2002, equation 3.5).
         bound = 2 * n * 2**-53 * (W.abs() @ W.abs().T)
         assert ((samplers._gram(W, rows) - W @ W.T).tril().abs() <= bound).all()
 
     @pytest.mark.parametrize("shape", [(130, 140), (140, 130)])
-    def test_eigh_reads_no_more_of_it(self, shape):
-        W = matrix(*shape, 0)  # of two blocks
+    def test_eigh_reads_only_the_lower_triangle_of_gram(self, shape):
+        W = matrix_of_known_spectrum(*shape, 0)  # of two blocks
         for sampler, first in ((samplers.top, 0), (samplers.bottom, 127)):
             A, B = sampler(W, 3, site(0))
             assert terms_of_the_svd(W, A @ B) == [first, first + 1, first + 2]
@@ -135,9 +135,9 @@ class TestGram:
 
 class TestProjection:
     @given(SIDES, SIDES, st.data(), SEEDS)
-    def test_is_an_orthogonal_projection_of_rank_r(self, m, n, data, seed):
+    def test_projection_is_an_orthogonal_projection_of_rank_r(self, m, n, data, seed):
         r = data.draw(st.integers(1, min(m, n)))
-        W = matrix(m, n, seed)
+        W = matrix_of_known_spectrum(m, n, seed)
         A, B = samplers.projection(W, r, site(seed))
         P = A @ B
         assert torch.linalg.matrix_rank(P) == r
@@ -147,9 +147,11 @@ class TestProjection:
 
 class TestZeroProducts:
     @given(SIDES, SIDES, st.sampled_from([0, 1]), st.data(), SEEDS)
-    def test_the_input_side_is_random_and_the_output_side_zero(self, m, n, dim, data, seed):
+    def test_a_zero_product_has_a_random_input_side_and_a_zero_output_side(
+        self, m, n, dim, data, seed
+    ):
         r = data.draw(st.integers(1, min(m, n)))
-        W = matrix(m, n, seed)
+        W = matrix_of_known_spectrum(m, n, seed)
         for sampler in ZERO_PRODUCT_SAMPLERS:
             factors = sampler(W, r, site(seed, dim))
             # A (m x r) faces dimension 0 of W, B (r x n) dimension 1.
@@ -159,7 +161,7 @@ class TestZeroProducts:
     @given(SIDES, st.data(), SEEDS)
     def test_additive_is_orthonormal(self, n, data, seed):
         r = data.draw(st.integers(1, n))
-        _, B = samplers.additive(matrix(n, n, seed), r, site(seed))
+        _, B = samplers.additive(matrix_of_known_spectrum(n, n, seed), r, site(seed))
         assert torch.allclose(B @ B.T, torch.eye(r, dtype=B.dtype), atol=1e-13)
 
     def test_lora_is_uniform_within_one_over_the_root_of_the_fan_in(self):
@@ -168,14 +170,14 @@ class TestZeroProducts:
         assert abs(B.std().item() - 0.01 / math.sqrt(3)) <= 1e-4
 
 
-def first_rows(W, r, site):
+def first_rows_sampler(W, r, site):
     return torch.eye(W.shape[0], dtype=W.dtype)[:, :r], W[:r]
 
 
 class TestAllSamplers:
     @pytest.mark.parametrize("sampler", SAMPLERS)
-    def test_neither_the_weight_nor_the_global_generator_is_touched(self, sampler):
-        W = matrix(6, 5, 0)
+    def test_samplers_touch_neither_the_weight_nor_the_global_generator(self, sampler):
+        W = matrix_of_known_spectrum(6, 5, 0)
         copy, before = W.clone(), torch.get_rng_state()
         sampler(W, 2, site(0))
         assert torch.equal(W, copy)
@@ -183,11 +185,11 @@ class TestAllSamplers:
 
     @pytest.mark.parametrize("sampler", SAMPLERS)
     def test_a_site_determines_the_draw(self, sampler):
-        draws = [sampler(matrix(6, 5, 0), 2, site(7)) for _ in range(2)]
+        draws = [sampler(matrix_of_known_spectrum(6, 5, 0), 2, site(7)) for _ in range(2)]
         assert all(torch.equal(a, b) for a, b in zip(*draws, strict=True))
 
-    def test_a_sampler_of_ones_own_is_all_that_a_method_needs(self):
-        state = rosa_func.init(torch.nn.Linear(5, 4), 2, sampler=first_rows, exact=True)
+    def test_a_users_sampler_is_all_that_a_new_method_needs(self):
+        state = rosa_func.init(torch.nn.Linear(5, 4), 2, sampler=first_rows_sampler, exact=True)
         assert not state["frozen", "weight"][:2].any()
 
     @pytest.mark.parametrize("exact", [None, True])
@@ -208,8 +210,8 @@ class TestAllSamplers:
     @pytest.mark.parametrize("exact", [None, True])
     def test_factors_that_are_views_of_the_weight_become_copies(self, exact):
         model = torch.nn.Linear(5, 4)
-        state = rosa_func.init(model, 2, sampler=first_rows, exact=exact)
-        new = rosa_func.resample(state, 1, sampler=first_rows)
+        state = rosa_func.init(model, 2, sampler=first_rows_sampler, exact=exact)
+        new = rosa_func.resample(state, 1, sampler=first_rows_sampler)
         for s in (state, new):
             assert torch.equal(s["trainable", "weight", "B"], model.weight[:2])
             assert torch.equal(rosa_func.merge(s)["weight"], model.weight)

@@ -16,8 +16,8 @@ from models import seeded, tiny_gpt2, token_ids
 from rosa_func.leaves import leaves
 
 
-class Formed(TorchDispatchMode):
-    """Remembers the dtype and shape of every tensor that is formed, and which by a product."""
+class FormedTensors(TorchDispatchMode):
+    """Records the dtype and shape of every tensor formed, and the shapes that products form."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,17 +57,17 @@ def train(model: nn.Module, autocast: bool = False) -> tuple[list[float], Tensor
     return losses, state
 
 
-def usual() -> Any:
+def gpt2_with_usual_weights() -> Any:
     """Return a GPT-2 with weights of a usual size, at which 16 bits are used in practice."""
     return seeded(lambda: tiny_gpt2(initializer_range=0.05))
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT_DTYPES, ids=str)
-def test_the_forward_pass_forms_neither_a_dense_weight_nor_a_wide_one(dtype: torch.dtype):
-    model = usual().to(dtype)
+def test_a_16_bit_forward_pass_forms_no_dense_and_no_float32_weight(dtype: torch.dtype):
+    model = gpt2_with_usual_weights().to(dtype)
     state = rosa_func.init(model, 2, targets=["c_attn", "c_proj", "c_fc"])
     rosa_func.parameters(state)
-    with Formed() as formed:
+    with FormedTensors() as formed:
         # 15 tokens: no activation has the shape of a weight.
         logits = rosa_func.call(model, state, token_ids(3, 5), use_cache=False).logits
     assert logits.dtype == dtype
@@ -79,10 +79,11 @@ def test_the_forward_pass_forms_neither_a_dense_weight_nor_a_wide_one(dtype: tor
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "autocast"])
-def test_the_loss_follows_that_of_float32(kind: str):
-    expected, _ = train(usual())
+def test_the_loss_in_16_bit_follows_that_in_float32(kind: str):
+    expected, _ = train(gpt2_with_usual_weights())
     assert expected[-1] < expected[0] - 0.3
-    model = usual() if kind == "autocast" else usual().to(torch.bfloat16)
+    model = gpt2_with_usual_weights()
+    model = model if kind == "autocast" else model.to(torch.bfloat16)
     losses, state = train(model, autocast=kind == "autocast")
     assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 2e-2
     assert {leaf.dtype for leaf in leaves(state).values()} == {torch.float32}
@@ -90,8 +91,8 @@ def test_the_loss_follows_that_of_float32(kind: str):
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT_DTYPES, ids=str)
-def test_a_hundred_resamples_drift_little(dtype: torch.dtype):
-    model = usual().to(dtype)
+def test_a_hundred_resamples_in_16_bit_drift_little(dtype: torch.dtype):
+    model = gpt2_with_usual_weights().to(dtype)
     state = rosa_func.init(model, 2)
     for key in range(100):
         state = rosa_func.resample(state, key)

@@ -1,4 +1,4 @@
-"""The life of a state: what init, resample and merge keep, share and never touch."""
+"""The life of a state: what init, resample and merge keep, share and leave alone."""
 
 import pytest
 import torch
@@ -46,7 +46,9 @@ class TestMergeReconstructs:
     @pytest.mark.parametrize("sampler", SAMPLERS)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @given(ANY_LAYOUT, SIZES, SIZES, st.data(), SEEDS)
-    def test_init_exactly(self, sampler, dtype, layout, m, n, data, seed):
+    def test_merge_after_an_exact_init_returns_the_weights(
+        self, sampler, dtype, layout, m, n, data, seed
+    ):
         module = scattered_layer(layout, m, n, dtype, seed)
         r = data.draw(st.integers(1, min(m, n)))
         state = adapt_every_weight(module, r, exact=True, sampler=sampler, key=seed)
@@ -59,7 +61,9 @@ class TestMergeReconstructs:
     @pytest.mark.parametrize("sampler", SAMPLERS)
     @pytest.mark.parametrize("dtype", WIDE_DTYPES, ids=str)
     @given(ANY_LAYOUT, SIZES, SIZES, st.data(), SEEDS)
-    def test_init_within_the_rounding_bound(self, sampler, dtype, layout, m, n, data, seed):
+    def test_merge_after_init_is_within_the_rounding_bound(
+        self, sampler, dtype, layout, m, n, data, seed
+    ):
         module = scattered_layer(layout, m, n, dtype, seed)
         r = data.draw(st.integers(1, min(m, n)))
         state = adapt_every_weight(module, r, sampler=sampler, key=seed)
@@ -72,7 +76,7 @@ class TestMergeReconstructs:
     @pytest.mark.parametrize("dtype", SIXTEEN_BIT_DTYPES, ids=str)
     @pytest.mark.parametrize("exact", [None, False])
     @given(ANY_LAYOUT, SIZES, SIZES, st.data(), SEEDS)
-    def test_init_in_16_bit_within_the_rounding_bound(
+    def test_merge_after_init_in_16_bit_is_within_the_rounding_bound(
         self, sampler, dtype, exact, layout, m, n, data, seed
     ):
         module = scattered_layer(layout, m, n, dtype, seed)
@@ -87,7 +91,9 @@ class TestMergeReconstructs:
     @pytest.mark.parametrize("after", SAMPLERS)
     @settings(max_examples=5)
     @given(ANY_LAYOUT, SIZES, SIZES, ANY_WIDE_DTYPE, st.data(), SEEDS)
-    def test_resample_exactly(self, before, after, layout, m, n, dtype, data, seed):
+    def test_an_exact_resample_keeps_the_merged_weight(
+        self, before, after, layout, m, n, dtype, data, seed
+    ):
         ranks = [data.draw(st.integers(1, min(m, n))) for _ in range(2)]
         module = scattered_layer(layout, m, n, dtype, seed)
         state = perturbed(
@@ -100,7 +106,7 @@ class TestMergeReconstructs:
     @pytest.mark.parametrize("after", SAMPLERS)
     @settings(max_examples=5)
     @given(ANY_LAYOUT, SIZES, SIZES, ANY_WIDE_DTYPE, st.data(), SEEDS)
-    def test_resample_within_the_rounding_bound(
+    def test_resample_keeps_the_merged_weight_within_the_rounding_bound(
         self, before, after, layout, m, n, dtype, data, seed
     ):
         r = data.draw(st.integers(1, min(m, n)))
@@ -112,7 +118,7 @@ class TestMergeReconstructs:
         assert (off <= rounding_bound(W, R, A, B)).all()
 
     @given(ANY_LAYOUT, SIZES, SIZES, ANY_16_BIT_DTYPE, ANY_SAMPLER, SEEDS)
-    def test_resample_in_16_bit_moves_by_one_unit_in_the_last_place(
+    def test_an_exact_resample_in_16_bit_moves_by_one_unit_in_the_last_place(
         self, layout, m, n, dtype, sampler, seed
     ):
         module = scattered_layer(layout, m, n, dtype, seed)
@@ -121,13 +127,13 @@ class TestMergeReconstructs:
         )
         old = rosa_func.merge(state)["weight"].double()
         new = rosa_func.merge(rosa_func.resample(state, seed))["weight"].double()
-        # Both round the same sum up to 2**-53: they differ only where it is a tie.
+        # Both round a sum that is the same up to 2**-53: they differ only near a tie.
         unit = torch.finfo(dtype).eps * old.abs() + torch.finfo(dtype).smallest_normal
         assert ((new - old).abs() <= unit).all()
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("shape", [(257, 513), (768, 300)], ids=str)
-    def test_weights_that_are_multiplied_in_blocks_and_by_several_threads(self, dtype, shape):
+    def test_merges_are_exact_in_blocks_and_with_several_threads(self, dtype, shape):
         module = scattered_layer(LINEAR, *shape, dtype, 0)
         for sampler in (samplers.random, samplers.projection):
             state = adapt_every_weight(module, 33, exact=True, sampler=sampler)
@@ -138,7 +144,7 @@ class TestMergeReconstructs:
                 assert torch.equal(rosa_func.merge(new)["weight"], rosa_func.merge(state)["weight"])
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_a_stock_model_exactly(self, dtype):
+    def test_merge_after_an_exact_init_returns_a_stock_models_weights(self, dtype):
         model = stock_model("gpt2-small", dtype).model
         merged = rosa_func.merge(rosa_func.init(model, 3, exact=True))
         assert all(torch.equal(merged[name], p) for name, p in model.named_parameters())
@@ -169,10 +175,11 @@ class TestDrift:
     @settings(max_examples=6)
     @given(st.sampled_from([samplers.random, samplers.projection]), SEEDS)
     def test_small_changes_of_a_bfloat16_weight_are_kept(self, sampler, seed):
-        """Each cycle changes W by 1e-5 relative, in what its subspace holds of one direction.
+        """Each cycle changes W by 1e-5 relative, along one direction's part in its subspace.
 
-        What the drift of the test above, 2e-5 in a random direction, has of the intended one, 1e-3
-        after all cycles, is 1 / sqrt(m n) of it: 2e-4 of the change here, 1e-3 at 20 x 20.
+        After all cycles the change is 1e-3. The drift of the test above is 2e-5, in a random
+        direction, so 1 / sqrt(m n) of it lies along the change: 2e-4 of the change here, and 1e-3
+        of it at 20 x 20.
         """
         module = nn.Linear(128, 96, bias=False).bfloat16()
         module.load_state_dict({"weight": randn(96, 128, seed=seed)})
@@ -193,7 +200,7 @@ class TestDrift:
 
 class TestOneCycle:
     @given(ANY_LAYOUT, SIZES, SIZES, ANY_SAMPLER, st.data(), SEEDS)
-    def test_the_change_has_at_most_rank_2r(self, layout, m, n, sampler, data, seed):
+    def test_the_change_of_one_cycle_has_at_most_rank_2r(self, layout, m, n, sampler, data, seed):
         r = data.draw(st.integers(1, min(m, n)))
         module = scattered_layer(layout, m, n, torch.float64, seed)
         state = adapt_every_weight(module, r, sampler=sampler, exact=True)
@@ -220,7 +227,7 @@ class TestOneCycle:
 
 class TestPurity:
     @pytest.mark.parametrize("sampler", SAMPLERS)
-    def test_states_and_model_stay_as_they_were(self, sampler):
+    def test_no_function_changes_the_state_or_the_model(self, sampler):
         module = nn.Sequential(scattered_layer(LINEAR, 6, 5, torch.float32, 0), nn.BatchNorm1d(6))
         model, rng = model_snapshot(module), torch.get_rng_state()
         state = rosa_func.init(module, 2, sampler=sampler, train="1", exact=True)
@@ -233,7 +240,7 @@ class TestPurity:
         assert torch.equal(torch.get_rng_state(), rng)
         assert not any(t.requires_grad for t in new.values(True, True))
 
-    def test_what_is_shared(self):
+    def test_a_state_shares_what_is_neither_adapted_nor_trained_with_the_model(self):
         module = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.BatchNorm1d(5))
         state = rosa_func.init(module, 2, train="1")
         own = {name: t.data_ptr() for name, t in module.state_dict(keep_vars=True).items()}
@@ -258,12 +265,12 @@ class TestPurity:
 
 
 class TestResample:
-    def test_draws_other_subspaces_at_other_keys(self):
+    def test_resample_draws_other_subspaces_at_other_keys(self):
         state = rosa_func.init(nn.Linear(12, 10), 2)
         a, b = (rosa_func.resample(state, key)["trainable", "weight", "A"] for key in (1, 2))
         assert not torch.allclose(a, b)
 
-    def test_a_new_rank_may_be_given(self):
+    def test_resample_takes_a_new_rank(self):
         state = rosa_func.init(nn.Linear(12, 10), 2)
         new = rosa_func.resample(state, 1, r={"weight": 0.5})
         assert new["trainable", "weight", "A"].shape == (10, 5)
@@ -275,7 +282,7 @@ class TestResample:
             input_side, output_side = "AB"[layout.input_dim], "AB"[1 - layout.input_dim]
             assert new[input_side].any() and not new[output_side].any()
 
-    def test_factors_of_the_state_may_be_in_training(self):
+    def test_resample_takes_factors_that_require_gradients(self):
         state = rosa_func.init(nn.Linear(12, 10), 2)
         rosa_func.parameters(state)
         assert not rosa_func.resample(state, 1)["trainable", "weight", "A"].requires_grad

@@ -1,4 +1,4 @@
-"""Which weights are adapted at which rank; bad input: a clear error, and nothing changed."""
+"""Which weights are adapted at which rank. Bad input is a clear error and changes nothing."""
 
 import re
 
@@ -10,7 +10,7 @@ from torch import nn
 
 import rosa_func
 from cases import DTYPES
-from models import seeded, tiny_gpt2, two_linear_layers
+from models import seeded, tiny_gpt2, two_layers
 from references import model_snapshot, state_bytes
 from rosa_func import samplers
 from rosa_func import targets as targeting
@@ -19,15 +19,17 @@ ATTENTION = "transformer.h.0.attn.c_attn.weight"
 WORDS = "transformer.wte.weight"
 
 
-def adapted(model: nn.Module, r=2, **options) -> dict[str, int]:
+def adapted_ranks(model: nn.Module, r=2, **options) -> dict[str, int]:
     """Return the rank of each adapted weight."""
     trainable = rosa_func.init(model, r, sampler=samplers.lora, **options)["trainable"]
     return {n: v["A"].shape[1] for n, v in trainable.items() if not isinstance(v, torch.Tensor)}
 
 
-def refused(error: type[Exception], *parts: str, model: nn.Module | None = None, **options) -> None:
-    """Check init's error: its type, that the message has all parts, and that nothing changed."""
-    model = two_linear_layers() if model is None else model
+def assert_init_refuses(
+    error: type[Exception], *parts: str, model: nn.Module | None = None, **options
+) -> None:
+    """Check init's error, that its message has all parts, and that nothing changed."""
+    model = two_layers() if model is None else model
     options = {"r": 2, **options}
     before, generator = model_snapshot(model), torch.get_rng_state()
     with pytest.raises(error) as caught:
@@ -44,12 +46,14 @@ def refused(error: type[Exception], *parts: str, model: nn.Module | None = None,
 def test_a_fraction_is_of_the_smaller_side_rounded_down_and_at_least_one(m, n, fraction):
     model = nn.Sequential(nn.Linear(n, m))
     if fraction > 0:
-        assert adapted(model, fraction) == {"0.weight": max(1, int(fraction * min(m, n) + 1e-9))}
+        assert adapted_ranks(model, fraction) == {
+            "0.weight": max(1, int(fraction * min(m, n) + 1e-9))
+        }
 
 
 def test_the_first_match_of_a_mapping_counts():
     model = seeded(lambda: tiny_gpt2(layers=1))
-    ranks = adapted(model, {"c_attn": 3, "*mlp*": 0.5, "*": 1})
+    ranks = adapted_ranks(model, {"c_attn": 3, "*mlp*": 0.5, "*": 1})
     layer = "transformer.h.0"
     assert ranks == {
         ATTENTION: 3,
@@ -57,7 +61,7 @@ def test_the_first_match_of_a_mapping_counts():
         f"{layer}.mlp.c_fc.weight": 6,
         f"{layer}.mlp.c_proj.weight": 6,
     }
-    assert set(adapted(model, {"*": 1, "c_attn": 3}).values()) == {1}
+    assert set(adapted_ranks(model, {"*": 1, "c_attn": 3}).values()) == {1}
 
 
 @pytest.mark.parametrize(
@@ -84,10 +88,10 @@ def test_the_first_match_of_a_mapping_counts():
     ids=repr,
 )
 def test_ranks_that_are_refused(r, error, parts):
-    refused(error, *parts, r=r)
-    state = rosa_func.init(two_linear_layers(), 2)
+    assert_init_refuses(error, *parts, r=r)
+    state = rosa_func.init(two_layers(), 2)
     before = state_bytes(state)
-    if r is not None:  # to resample it means the ranks as they are
+    if r is not None:  # with None, resample keeps the ranks
         with pytest.raises(error) as caught:
             rosa_func.resample(state, 1, r=r)
         assert all(part in str(caught.value) for part in parts)
@@ -95,11 +99,14 @@ def test_ranks_that_are_refused(r, error, parts):
 
 
 def test_a_rank_is_checked_against_each_weight():
-    refused(ValueError, "rank 5", "min(5, 4) = 4", "1.weight", model=wide(), r=5)
-
-
-def wide() -> nn.Module:
-    return nn.Sequential(nn.Linear(8, 8), nn.Linear(4, 5))
+    assert_init_refuses(
+        ValueError,
+        "rank 5",
+        "min(5, 4) = 4",
+        "1.weight",
+        model=nn.Sequential(nn.Linear(8, 8), nn.Linear(4, 5)),
+        r=5,
+    )
 
 
 @example(29, 100)
@@ -115,7 +122,7 @@ def test_a_decimal_fraction_is_taken_as_written(hundredths, limit):
 
 @pytest.mark.parametrize("targets", ["lm_head", "wte", "lm_head.weight", "*wte*", "lm_*"])
 def test_an_alias_means_the_tied_weight(targets):
-    assert list(adapted(seeded(tiny_gpt2), targets=targets)) == [WORDS]
+    assert list(adapted_ranks(seeded(tiny_gpt2), targets=targets)) == [WORDS]
 
 
 @pytest.mark.parametrize(
@@ -145,8 +152,8 @@ def test_an_alias_means_the_tied_weight(targets):
         "and of modules",
     ],
 )
-def test_patterns_and_predicates(targets, names):
-    assert list(adapted(seeded(lambda: tiny_gpt2(layers=1)), targets=targets)) == names
+def test_which_weights_a_pattern_or_predicate_means(targets, names):
+    assert list(adapted_ranks(seeded(lambda: tiny_gpt2(layers=1)), targets=targets)) == names
 
 
 @pytest.mark.parametrize(
@@ -182,7 +189,7 @@ def test_patterns_and_predicates(targets, names):
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_arguments_of_init_that_are_refused(options, error, parts):
-    refused(error, *parts, model=seeded(tiny_gpt2), **options)
+    assert_init_refuses(error, *parts, model=seeded(tiny_gpt2), **options)
 
 
 @pytest.mark.parametrize("pattern", ["attn", "attention", "mlp", "h", "transformer", "weight"])
@@ -193,20 +200,20 @@ def test_the_names_that_are_suggested_would_match(pattern, argument):
     with pytest.raises(ValueError, match="closest names are") as caught:
         rosa_func.init(model, **options)
     for name in str(caught.value).partition("names are ")[2].split(", "):
-        assert adapted(model, targets=name)
+        assert adapted_ranks(model, targets=name)
 
 
 @pytest.mark.parametrize("first", ["embed", "project"])
-def test_a_weight_tied_to_an_embedding_is_no_linear_one_whatever_comes_first(first):
+def test_a_weight_tied_to_an_embedding_is_not_adapted_by_default(first):
     modules = {"embed": nn.Embedding(9, 6), "project": nn.Linear(6, 9, bias=False)}
     modules["project"].weight = modules["embed"].weight
     model = nn.ModuleDict({first: modules[first], **modules, "own": nn.Linear(6, 6)})
-    assert list(adapted(model)) == ["own.weight"]
-    assert list(adapted(model, targets="project")) == [f"{first}.weight"]
+    assert list(adapted_ranks(model)) == ["own.weight"]
+    assert list(adapted_ranks(model, targets="project")) == [f"{first}.weight"]
 
 
-def test_arguments_in_the_wrong_places():
-    model = two_linear_layers()
+def test_arguments_in_the_wrong_places_are_refused():
+    model = two_layers()
     state = rosa_func.init(model, 2)
     with pytest.raises(TypeError, match=r"the model is an nn\.Module, got TensorDict"):
         rosa_func.init(state, 2)
@@ -223,16 +230,18 @@ def test_arguments_in_the_wrong_places():
         rosa_func.resample(state, 1, sampler="lora")
 
 
-def test_nothing_to_adapt():
-    refused(ValueError, "Sequential", "no nn.Linear or Conv1D", "targets=", model=nn.Sequential())
-    refused(ValueError, "LayerNorm", "targets=", model=nn.LayerNorm(3))
+def test_a_model_without_a_weight_to_adapt_is_refused():
+    assert_init_refuses(
+        ValueError, "Sequential", "no nn.Linear or Conv1D", "targets=", model=nn.Sequential()
+    )
+    assert_init_refuses(ValueError, "LayerNorm", "targets=", model=nn.LayerNorm(3))
 
 
 # Weights.
 
 
-def changed(name: str, value: torch.Tensor) -> nn.Module:
-    model = two_linear_layers()
+def two_layers_with(name: str, value: torch.Tensor) -> nn.Module:
+    model = two_layers()
     layer, parameter = name.split(".")
     setattr(model[int(layer)], parameter, nn.Parameter(value, requires_grad=False))
     return model
@@ -240,22 +249,27 @@ def changed(name: str, value: torch.Tensor) -> nn.Module:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_weights_that_are_not_finite(bad, dtype):
+def test_weights_that_are_not_finite_are_refused(bad, dtype):
     weight = torch.ones(8, 4, dtype=dtype)
     weight[3, 2] = bad
-    refused(ValueError, "2.weight", "non-finite", model=changed("2.weight", weight))
+    assert_init_refuses(
+        ValueError, "2.weight", "non-finite", model=two_layers_with("2.weight", weight)
+    )
     options = {"targets": "0.weight", "train": "2.weight"}
-    refused(ValueError, "2.weight", "non-finite", model=changed("2.weight", weight), **options)
-    model = two_linear_layers()
+    assert_init_refuses(
+        ValueError, "2.weight", "non-finite", model=two_layers_with("2.weight", weight), **options
+    )
+    model = two_layers()
     state = rosa_func.init(model, 2)
-    state["trainable", "2.weight", "A"][0, 0] = bad  # as after a step too large
+    state["trainable", "2.weight", "A"][0, 0] = bad  # as after too large a step
     with pytest.raises(ValueError, match=r"^2\.weight: non-finite values.*learning rate"):
         rosa_func.resample(state, 1)
     state = rosa_func.init(model, 2, targets="0", train="2")
     state["trainable", "2.weight"][0, 0] = bad
     with pytest.raises(ValueError, match=r"^2\.weight: non-finite values"):
         rosa_func.resample(state, 1)
-    assert adapted(changed("2.weight", weight), targets="0.weight")  # it is not asked for
+    # A weight that is neither adapted nor trained may be anything.
+    assert adapted_ranks(two_layers_with("2.weight", weight), targets="0.weight")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -263,76 +277,82 @@ def test_finite_weights_whose_sum_overflows_are_taken(dtype):
     weight = torch.full((8, 4), torch.finfo(dtype).max, dtype=dtype)
     assert not weight.sum().isfinite()
     options = {"targets": "2.weight", "sampler": samplers.lora}
-    state = rosa_func.init(changed("2.weight", weight), 2, **options)
+    state = rosa_func.init(two_layers_with("2.weight", weight), 2, **options)
     assert torch.equal(rosa_func.merge(state)["2.weight"], weight)
 
 
 def test_all_weights_that_are_not_finite_are_named():
-    model = two_linear_layers()
+    model = two_layers()
     with torch.no_grad():
         model[0].weight.fill_(float("nan"))
         model[2].weight.fill_(float("nan"))
-    refused(ValueError, "0.weight, 2.weight: non-finite", model=model)
+    assert_init_refuses(ValueError, "0.weight, 2.weight: non-finite", model=model)
     options = {"targets": "2.weight", "train": "0.*"}
-    refused(ValueError, "2.weight, 0.weight: non-finite", model=model, **options)
+    assert_init_refuses(ValueError, "2.weight, 0.weight: non-finite", model=model, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.complex64, torch.float8_e4m3fn])
 @pytest.mark.parametrize("argument", ["targets", "train"])
-def test_weights_of_a_dtype_that_cannot_be_trained(dtype, argument):
-    model = changed("2.weight", torch.ones(8, 4).to(dtype))
+def test_weights_of_a_dtype_that_cannot_be_trained_are_refused(dtype, argument):
+    model = two_layers_with("2.weight", torch.ones(8, 4).to(dtype))
     options = {"targets": "2.weight"} if argument == "targets" else {"targets": "0.weight"}
     options |= {"train": "2.weight"} if argument == "train" else {}
-    refused(TypeError, "2.weight", str(dtype), "float32", model=model, **options)
-    assert adapted(model, targets="0.weight") == {"0.weight": 2}
+    assert_init_refuses(TypeError, "2.weight", str(dtype), "float32", model=model, **options)
+    assert adapted_ranks(model, targets="0.weight") == {"0.weight": 2}
 
 
-def test_meta_weights_and_empty_weights():
+def test_meta_weights_and_empty_weights_are_refused():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(6, 4))
     with pytest.raises(ValueError, match=r"0\.weight.*meta device.*load"):
         rosa_func.init(model, 2)
     with pytest.raises(ValueError, match=r"0\.weight.*meta device"):
-        rosa_func.init(rosa_func.skeleton(two_linear_layers()), 2)
-    refused(ValueError, "2.weight", "(0, 4)", model=changed("2.weight", torch.ones(0, 4)))
+        rosa_func.init(rosa_func.skeleton(two_layers()), 2)
+    assert_init_refuses(
+        ValueError, "2.weight", "(0, 4)", model=two_layers_with("2.weight", torch.ones(0, 4))
+    )
 
 
-def test_weights_too_large_for_their_norms():
-    model = changed("2.weight", torch.full((8, 4), 1e30))
-    refused(ValueError, "2.weight", "not finite", "1e+30", model=model, sampler=samplers.projection)
+def test_weights_too_large_for_their_norms_are_refused():
+    model = two_layers_with("2.weight", torch.full((8, 4), 1e30))
+    assert_init_refuses(
+        ValueError, "2.weight", "not finite", "1e+30", model=model, sampler=samplers.projection
+    )
 
 
-def test_a_sampler_whose_factors_are_not_finite():
+def test_a_sampler_whose_factors_are_not_finite_is_refused():
     def broken(W, r, site):
         return W.new_full((W.shape[0], r), float("nan")), W.new_zeros(r, W.shape[1])
 
-    refused(ValueError, "0.weight", "factors", "not finite", sampler=broken)
+    assert_init_refuses(ValueError, "0.weight", "factors", "not finite", sampler=broken)
 
 
-def test_a_residual_beyond_float16():
+def test_a_residual_beyond_float16_is_refused():
     W = torch.full((8, 4), 6e4).half()
     W[0, 0] = -W[0, 0]
 
     def far(W, r, site):
         return torch.full((W.shape[0], 1), 250.0), torch.full((1, W.shape[1]), 250.0)
 
-    refused(ValueError, "2.weight", "65504", model=changed("2.weight", W), r=1, sampler=far)
+    assert_init_refuses(
+        ValueError, "2.weight", "65504", model=two_layers_with("2.weight", W), r=1, sampler=far
+    )
 
 
 @pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
-def test_embeddings_with_max_norm(layer):
+def test_embeddings_with_max_norm_are_refused(layer):
     model = nn.ModuleDict({"words": layer(9, 6, max_norm=1.5), "out": nn.Linear(6, 4)})
-    refused(ValueError, "words", "max_norm=1.5", "max_norm=None", model=model)
+    assert_init_refuses(ValueError, "words", "max_norm=1.5", "max_norm=None", model=model)
 
 
-def test_a_decomposition_that_does_not_converge(monkeypatch):
+def test_a_decomposition_that_does_not_converge_is_named(monkeypatch):
     def eigh(*_args, **_kwargs):
         raise torch.linalg.LinAlgError("the algorithm failed to converge")
 
-    state = rosa_func.init(two_linear_layers(), 2)
+    state = rosa_func.init(two_layers(), 2)
     before = state_bytes(state)
     monkeypatch.setattr(torch.linalg, "eigh", eigh)
-    refused(ValueError, "0.weight", "did not converge")
+    assert_init_refuses(ValueError, "0.weight", "did not converge")
     with pytest.raises(ValueError, match=r"0\.weight did not converge"):
         rosa_func.resample(state, 1)
     assert state_bytes(state) == before
@@ -343,15 +363,15 @@ def test_a_decomposition_that_does_not_converge(monkeypatch):
 
 @pytest.mark.parametrize("key", ["1", 1.0, None, True, torch.tensor(1)], ids=repr)
 def test_keys_of_resample_that_are_refused(key):
-    state = rosa_func.init(two_linear_layers(), 2)
+    state = rosa_func.init(two_layers(), 2)
     before = state_bytes(state)
     with pytest.raises(TypeError, match=re.escape(repr(key))):
         rosa_func.resample(state, key)
     assert state_bytes(state) == before
 
 
-def test_unknown_arguments():
-    state = rosa_func.init(two_linear_layers(), 2)
+def test_unknown_arguments_are_refused():
+    state = rosa_func.init(two_layers(), 2)
     with pytest.raises(TypeError, match="rank"):
         rosa_func.resample(state, 1, rank=2)
     with pytest.raises(TypeError, match="strict"):

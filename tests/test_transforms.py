@@ -19,7 +19,7 @@ from rosa_func import samplers
 
 IDS = token_ids(3, 6)
 TOLERANCE = 1e-5  # float32: two ways to sum the same tens of products, over a few layers
-# Torch's own warnings, of what it does inside.
+# Warnings of torch about its own code.
 performance_drop = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 deprecated_jit = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 seeds = st.integers(0, 2**40)
@@ -29,7 +29,7 @@ def language_loss(logits: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def setting(
+def gpt2_and_trained_state(
     sampler: samplers.Sampler = samplers.random,
     key: int = 0,
     inner: bool = False,
@@ -38,8 +38,8 @@ def setting(
 ) -> tuple[nn.Module, TensorDict]:
     """Return a small GPT-2 and a state of it as if trained.
 
-    Embeddings and norms included, unless `inner`: then no input of the first layer depends on what
-    is trained, so that under vmap it has no batch, while the factors have.
+    Embeddings and norms are trained too, unless `inner`. With `inner` the input of the first layer
+    does not depend on what is trained: under vmap the factors have a batch and that input has none.
     """
     model = seeded(lambda: tiny_gpt2(**options)).eval()
     targets, train = (None, ()) if inner else (["wte", "c_attn", "c_proj", "c_fc"], "*ln_*")
@@ -80,8 +80,8 @@ def assert_close(gradients: TensorDict, expected: dict, tolerance: float = TOLER
 
 
 @given(sampler=ANY_SAMPLER, key=seeds)
-def test_grad_and_value(sampler, key):
-    model, state = setting(sampler, key)
+def test_grad_and_value_give_the_gradients_of_the_dense_model(sampler, key):
+    model, state = gpt2_and_trained_state(sampler, key)
     gradients, value = grad_and_value(loss_of(model, state))(state["trainable"])
     assert_close(gradients, reference_gradients(model, state))
     assert (
@@ -92,8 +92,8 @@ def test_grad_and_value(sampler, key):
 
 
 @given(sampler=ANY_SAMPLER, key=seeds)
-def test_backward(sampler, key):
-    model, state = setting(sampler, key)
+def test_backward_gives_the_gradients_of_the_dense_model(sampler, key):
+    model, state = gpt2_and_trained_state(sampler, key)
     expected = reference_gradients(model, state)
     rosa_func.parameters(state)
     loss_of(model, state)(state["trainable"]).backward()
@@ -103,7 +103,7 @@ def test_backward(sampler, key):
 @performance_drop
 @given(sampler=ANY_SAMPLER, key=seeds, inner=st.booleans())
 def test_vmap_over_stacked_adapters(sampler, key, inner):
-    model, state = setting(sampler, key, inner)
+    model, state = gpt2_and_trained_state(sampler, key, inner)
     adapters = [perturbed(state, seed=seed)["trainable"] for seed in range(3)]
 
     def logits(trainable: TensorDict) -> Tensor:
@@ -121,7 +121,7 @@ def test_vmap_over_stacked_adapters(sampler, key, inner):
 @performance_drop
 @pytest.mark.parametrize("inner", [False, True])
 def test_vmap_of_grad_over_stacked_adapters(inner):
-    model, state = setting(inner=inner)
+    model, state = gpt2_and_trained_state(inner=inner)
     adapters = [perturbed(state, seed=seed)["trainable"] for seed in range(3)]
     gradients = vmap(grad(loss_of(model, state)))(torch.stack(adapters))
     for adapter, gradient in zip(adapters, gradients.unbind(0), strict=True):
@@ -131,7 +131,7 @@ def test_vmap_of_grad_over_stacked_adapters(inner):
 @performance_drop
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_per_sample_gradients(attention):
-    model, state = setting()
+    model, state = gpt2_and_trained_state()
     model.set_attn_implementation(attention)
 
     def loss(trainable: TensorDict, sample: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def test_per_sample_gradients(attention):
 @deprecated_jit
 @given(sampler=ANY_SAMPLER, key=seeds)
 def test_jvp_is_the_slope_along_a_tangent(sampler, key):
-    model, state = setting(sampler, key)
+    model, state = gpt2_and_trained_state(sampler, key)
     model.set_attn_implementation("eager")
     tangent = state["trainable"].apply(torch.ones_like)
     value, slope = jvp(loss_of(model, state), (state["trainable"],), (tangent,))
@@ -167,8 +167,8 @@ def fresh_compiler():
 
 
 @pytest.mark.parametrize("exact", [None, True])
-def test_compile_the_whole_graph_of_grad_and_value(fresh_compiler, exact):
-    model, state = setting(layers=1, exact=exact)
+def test_grad_and_value_compiles_as_one_whole_graph(fresh_compiler, exact):
+    model, state = gpt2_and_trained_state(layers=1, exact=exact)
     assert ("compensation" in state.keys()) == bool(exact)
     step = torch.compile(grad_and_value(loss_of(model, state)), fullgraph=True, backend="aot_eager")
     for seed in range(2):  # the second call runs what the first has compiled
@@ -186,7 +186,7 @@ def test_compile_the_whole_graph_of_grad_and_value(fresh_compiler, exact):
 @pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler"
 )
-def test_compile_with_inductor(fresh_compiler):
+def test_grad_and_value_compiles_with_inductor(fresh_compiler):
     model = seeded(lambda: nn.Sequential(nn.Embedding(31, 6), nn.Linear(6, 8), nn.Linear(8, 3)))
     state = perturbed(rosa_func.init(model, 2, targets="*.weight"))
 
@@ -205,8 +205,8 @@ def test_compile_with_inductor(fresh_compiler):
 
 
 @performance_drop
-def test_dropout_under_vmap_wants_a_choice_of_randomness():
-    model, state = setting(dropout=0.5)
+def test_dropout_under_vmap_needs_a_choice_of_randomness():
+    model, state = gpt2_and_trained_state(dropout=0.5)
     model.train()
     twice = torch.stack([state["trainable"]] * 2)
 
@@ -226,7 +226,7 @@ def test_dropout_under_vmap_wants_a_choice_of_randomness():
 
 
 def test_dropout_draws_the_masks_of_the_dense_model():
-    model, state = setting(dropout=0.5)
+    model, state = gpt2_and_trained_state(dropout=0.5)
     model.train()
     by_factors = seeded(lambda: loss_of(model, state)(state["trainable"]))
     by_dense = seeded(lambda: loss_of(model, state, dense_weights)(state["trainable"]))
@@ -234,10 +234,10 @@ def test_dropout_draws_the_masks_of_the_dense_model():
     assert relative_distance(by_factors, loss_of(model.eval(), state)(state["trainable"])) > 0.01
 
 
-# Loops of one's own.
+# Training loops written by hand.
 
 
-def test_the_card():
+def test_functional_call_with_composed_weights_computes_the_model():
     model, args, kwargs = seeded(tiny_gpt2).eval(), (IDS,), {"use_cache": False}
     expected = model(*args, **kwargs).logits
     state = rosa_func.init(model, 2)
@@ -248,7 +248,7 @@ def test_the_card():
 
 
 def test_a_functional_loop_takes_the_steps_of_a_torch_optimizer():
-    model, state = setting()
+    model, state = gpt2_and_trained_state()
     by_optimizer = state.clone()
     optimizer = torch.optim.SGD(rosa_func.parameters(by_optimizer), 0.1)
     for _ in range(3):
@@ -268,7 +268,7 @@ def test_a_functional_loop_takes_the_steps_of_a_torch_optimizer():
 
 
 def test_second_derivatives_and_forward_mode_of_plain_autograd():
-    """Outside torch.func the product is a function of its own, with derivatives of its own."""
+    """Outside torch.func the product is an autograd.Function with derivatives of its own."""
     model = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))).double()
     state, x = rosa_func.init(model, 2, train="0.bias"), randn(3, 4, dtype=torch.float64)
     named = rosa_func.named_parameters(state)
