@@ -17,7 +17,7 @@ from benchmark_contenders import (
 from torch import Tensor
 
 import rosa_func
-from rosa_func.parallel import map_weights
+from rosa_func.weight.parallel import map_weights
 
 
 class Split(NamedTuple):

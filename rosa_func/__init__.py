@@ -8,14 +8,12 @@
 """
 
 from rosa_func import checkpoint, distributed, export, module, optim, samplers
-from rosa_func.compose import bind, call, compose, skeleton
-from rosa_func.count import Count, count
+from rosa_func.cycle import Method, init, merge, method, resample
+from rosa_func.forward import bind, call, compose, recompute
 from rosa_func.keys import fold_in
-from rosa_func.leaves import named_parameters, parameters
-from rosa_func.loading import init_from
-from rosa_func.method import Method, method
-from rosa_func.recompute import recompute
-from rosa_func.state import init, merge, resample
+from rosa_func.modules import skeleton
+from rosa_func.pretrained import init_from
+from rosa_func.trainable import Count, count, named_parameters, parameters
 
 __version__ = "0.1.0"
 

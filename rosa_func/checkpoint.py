@@ -1,19 +1,23 @@
-"""Save and load a state with whatever belongs to a run, in one safetensors file."""
+"""Save and load a state with whatever belongs to a run; the change alone; a digest."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 
-from rosa_func import tree
-from rosa_func.change import apply_delta, delta
-
-__all__ = ["apply_delta", "delta", "load", "save"]
-
-_VERSION = 1
-_KEYS = {"rosa_func", "content", "sha256"}
+from rosa_func import modules
+from rosa_func.cycle import merge
+from rosa_func.files import container, nested
+from rosa_func.forward import check_fit
+from rosa_func.keys import canonical
+from rosa_func.weight import layout, read, rounding
+from rosa_func.weight.factoring import Factored, factored
+from rosa_func.weight.low_rank import LowRank, low_rank
+from rosa_func.weight.parallel import map_weights
 
 
 def save(path: str | os.PathLike[str], state: TensorDict, **extra: Any) -> None:
@@ -47,25 +51,9 @@ def save(path: str | os.PathLike[str], state: TensorDict, **extra: Any) -> None:
         >>> extra["step"]
         7
     """
-    from safetensors.torch import save_file
-
     if not isinstance(state, TensorDictBase):
         raise TypeError(f"a state is a TensorDict, got {type(state).__name__}")
-    structure, tensors = tree.flatten({"state": state, **extra})
-    tensors = _apart(tensors)
-    metadata = {"rosa_func": str(_VERSION), "content": structure}
-    metadata["sha256"] = tree.digest(metadata, tensors)
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(tensors, partial, metadata)
-        _sync(partial)
-        partial.replace(path)
-        _sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+    container.write(Path(path), {"state": state, **extra})
 
 
 def load(path: str | os.PathLike[str]) -> tuple[TensorDict, dict[str, Any]]:
@@ -84,55 +72,168 @@ def load(path: str | os.PathLike[str]) -> tuple[TensorDict, dict[str, Any]]:
     Example:
         See `save`.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with safe_open(path, "pt", backend="pread") as file:  # memory of its own, not the file's
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, ValueError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    version = metadata.get("rosa_func", str(_VERSION))
-    if version != str(_VERSION):
-        raise ValueError(
-            f"{path} is of version {version!r} and this rosa_func reads version {_VERSION}: "
-            "update rosa_func, or the file is damaged"
-        )
-    if not metadata.keys() >= _KEYS:
-        raise ValueError(
-            f"{path} was not written by rosa_func.checkpoint.save: its metadata has "
-            f"{sorted(metadata)}, not {sorted(_KEYS)}"
-        )
-    if metadata.pop("sha256") != tree.digest(metadata, tensors):
-        raise ValueError(f"{path} is damaged: its contents do not have the checksum that it names")
-    try:
-        content = tree.unflatten(metadata["content"], tensors)
-        return content.pop("state"), content
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not hold what its metadata says: {error!r}") from error
+    content = container.read(Path(path))
+    return content.pop("state"), content
 
 
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Make each contiguous and in memory of its own, as the format wants it."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.contiguous()
-        if tensor.untyped_storage().data_ptr() in seen:
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        result[name] = tensor
-    return result
+def digest(state: TensorDict | Mapping[str, Tensor]) -> str:
+    """Return a hash of a state: the same for the same names, dtypes, shapes and bits.
+
+    Args:
+        state: a state, or any TensorDict or mapping of tensors, such as a state dict.
+
+    Returns:
+        A SHA-256 in hexadecimal, the same on every device and in every process.
+
+    Example:
+        >>> import rosa_func, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> one, other = (rosa_func.init(model, 2, key=key) for key in (0, 1))
+        >>> rosa_func.checkpoint.digest(one) == rosa_func.checkpoint.digest(other)
+        False
+    """
+    named: dict[Any, Tensor] = dict(
+        layout.entries(state) if isinstance(state, TensorDictBase) else state  # type: ignore[arg-type]
+    )
+    return nested.digest({}, {str(name): tensor for name, tensor in named.items()})
 
 
-def _sync(path: Path) -> None:
-    """Wait until the disk has it; a folder cannot be opened on Windows, nor need it be."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def delta(
+    state: TensorDict, model: nn.Module, *, tol: float = 1e-7, rank: int | None = None
+) -> TensorDict:
+    """Return the change of each weight as a product of the smallest rank.
+
+        W - W0 = A B + E,    |E| <= tol |W|  (Frobenius),    W0 of the model
+
+    W is what `merge` returns, before it is rounded to 16 bits; the rounding of A and B to float32
+    comes on top of tol, and is in the `error` that is returned. Each matrix of a batch has an error
+    of its own, and all have one rank.
+
+    A change after K cycles of rank r has rank 2 r K at most: a few MB to keep or send where the
+    merged model has hundreds. A float32 residual is rounded at every resample, in all directions:
+    after about 100 cycles that alone is 1e-7 of |W|, and takes a high rank. Then raise tol, give
+    `rank`, or train with `exact=True`, where nothing is lost.
+
+    Args:
+        state: a state of `init` or `resample`, trained or not.
+        model: the model as `init` was given it.
+        tol: the largest error of a weight, relative to the weight.
+        rank: a rank for all, in place of tol; never more than min(m, n).
+
+    Returns:
+        A TensorDict with the entries `change` {name: {A: m x k, B: k x n}}, `full`
+        {name: tensor} of the tensors trained in full, and `error` {name: |E| / |W|, float64}.
+        `checkpoint.save` takes it as it takes a state.
+
+    Raises:
+        KeyError: if the model and the state have different names (named).
+        ValueError: if shapes differ, tol is negative, a rank is not positive, or the model is a
+            skeleton.
+
+    Source: Eckart and Young 1936.
+
+    Example:
+        >>> import rosa_func, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(60, 40))
+        >>> state = rosa_func.init(model, 2)
+        >>> state["trainable", "0.weight", "A"] += 1e-2
+        >>> change = rosa_func.checkpoint.delta(state, model)
+        >>> change["change", "0.weight", "A"].shape
+        torch.Size([40, 1])
+    """
+    if not tol >= 0:
+        raise ValueError(f"tol is a relative error of at least 0, got {tol!r}")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank is None or a positive int, got {rank!r}")
+    modules.refuse_meta(model)
+    names = check_fit(model, state)
+    pretrained = {names[name]: tensor for name, tensor in modules.tensors(model).items()}
+    adapted = read(state).adapted()
+
+    def changed(name: str) -> Factored:
+        w, W0 = adapted[name], pretrained[name]
+        factors = low_rank(w)
+        shape = (*factors.A.shape[:-2], *factors.matrix_shape)
+        W = rounding.join(w).double().view(shape)
+        D = W - W0.view(shape).to(W)
+        dtype = rounding.factor_dtype(W0.dtype)
+        return factored(D, W.norm(dim=(-2, -1)), tol=tol, rank=rank, dtype=dtype)
+
+    changes = dict(zip(adapted, map_weights(changed, adapted), strict=True))
+    merged = merge(state)
+    entries: dict[str, dict[str, Any]] = {
+        "change": {name: {"A": change.A, "B": change.B} for name, change in changes.items()},
+        "full": {
+            name: merged[name].clone()
+            for name, tensor in pretrained.items()
+            if name not in changes and not torch.equal(merged[name], tensor)
+        },
+        "error": {name: change.error for name, change in changes.items()},
+    }
+    return TensorDict({part: TensorDict(value) for part, value in entries.items()})
+
+
+def apply_delta(model: nn.Module, delta: TensorDict) -> dict[str, Tensor]:
+    """Return the dense weights of the changed model, as `merge` returned them up to the error.
+
+        W = W0 + A B
+
+    Args:
+        model: the model that the delta was made with; it is not written to.
+        delta: of `delta`.
+
+    Returns:
+        {name: tensor} in the model's dtypes, for `load_state_dict` (`strict=False` where weights
+        are tied). Tensors that did not change share their storage with the model.
+
+    Raises:
+        KeyError: if the delta lacks a part, or has a name that is not in the model.
+        ValueError: if a shape differs (both are named).
+
+    Example:
+        >>> import rosa_func, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(60, 40))
+        >>> state = rosa_func.init(model, 2)
+        >>> state["trainable", "0.weight", "A"] += 1e-2
+        >>> change = rosa_func.checkpoint.delta(state, model)
+        >>> weights = rosa_func.checkpoint.apply_delta(model, change)
+        >>> torch.allclose(weights["0.weight"], rosa_func.merge(state)["0.weight"], atol=1e-7)
+        True
+    """
+    if missing := {"change", "full"} - set(delta.keys()):
+        raise KeyError(f"the delta has no entry {min(missing)!r}; it has {sorted(delta.keys())}")
+    modules.refuse_meta(model)
+    weights = modules.tensors(model)
+    own = {canonical(name): name for name in weights}
+
+    def named(name: str) -> str:
+        if (found := own.get(canonical(name))) is None:
+            raise KeyError(
+                f"the delta changes {name}, and {type(model).__name__} has no tensor of that name; "
+                "was it made with this model?"
+            )
+        return found
+
+    changed = {}
+    for given, value in delta["change"].items():
+        name, factors = named(given), LowRank(value["A"], value["B"])
+        W = weights[name]
+        if factors.check(W.shape):
+            shape = (*factors.A.shape[:-2], *factors.matrix_shape)
+            raise _of_another_shape(given, shape, model, W)
+        wide = W.to(factors.A.dtype)
+        factors = LowRank(factors.A.to(W.device), factors.B.to(W.device))
+        changed[name] = factors.fold(wide).to(W.dtype)
+    for given, tensor in delta["full"].items():
+        name = named(given)
+        if tensor.shape != weights[name].shape:
+            raise _of_another_shape(given, tuple(tensor.shape), model, weights[name])
+        changed[name] = tensor.to(weights[name])
+    return weights | changed
+
+
+def _of_another_shape(name: str, shape: tuple[int, ...], model: nn.Module, W: Tensor) -> ValueError:
+    return ValueError(
+        f"the delta changes {name} of shape {shape}, and {type(model).__name__} has it of shape "
+        f"{tuple(W.shape)}"
+    )

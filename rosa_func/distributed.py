@@ -7,9 +7,13 @@ import torch.distributed as dist
 from tensordict import TensorDict
 from torch import Tensor
 
-from rosa_func import layout, samplers, tree
-from rosa_func import state as states
+from rosa_func import cycle, samplers
+from rosa_func.checkpoint import digest
 from rosa_func.samplers import Sampler
+from rosa_func.weight import Parts, read, write
+from rosa_func.weight.layout import entries, from_entries
+
+Entries = dict[tuple[str, ...], Tensor]
 
 
 def resample(
@@ -45,35 +49,39 @@ def resample(
         >>> new = rosa_func.distributed.resample(state, 1)
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return states.resample(state, key, sampler=sampler)
+        return cycle.resample(state, key, sampler=sampler)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    adapted = layout.check(state)
+    parts = read(state)
+    adapted = parts.adapted()
+    share = list(adapted)[rank::size]
+    own: Entries = {}
     failure: Exception | None = None
-    own = TensorDict()
     try:
-        own = states.resample(_only(state, adapted[rank::size]), key, sampler=sampler)
+        part = write(Parts({name: adapted[name] for name in share}, {}))
+        own = entries(cycle.resample(part, key, sampler=sampler))
     except Exception as error:  # the others wait for a word
         failure = error
-    failed = torch.tensor(int(failure is not None), device=state["frozen", adapted[0]].device)
-    dist.all_reduce(failed, dist.ReduceOp.MAX, group)
-    if failed.item():
+    # What becomes of a weight has the same entries in every process; its owner knows their shapes.
+    news: list[Any] = [None] * size
+    known = {path: (tensor.dtype, tensor.shape) for path, tensor in own.items()}
+    dist.all_gather_object(news, None if failure else known, group)
+    if any(each is None for each in news):
         raise failure or RuntimeError(f"another process could not resample; this is rank {rank}")
-    new = state.copy()  # the same tensors in a TensorDict of its own
-    for name, value in state["trainable"].items():
-        if isinstance(value, Tensor):
-            new["trainable", name] = value.detach().clone()
-    for place, name in enumerate(adapted):
-        owner = place % size
+    new: Entries = {}
+    for owner, each in enumerate(news):
         source = owner if group is None else dist.get_global_rank(group, owner)
-        for path in _paths(state, name):
-            if owner == rank:
-                new[path] = own[path].contiguous()
-            else:
-                new[path] = torch.empty_like(
-                    state[path].detach(), memory_format=torch.contiguous_format
-                )
-            dist.broadcast(new[path], source, group)
-    return new
+        for path, (dtype, shape) in each.items():
+            place = state[path].device
+            new[path] = (
+                own[path].contiguous()
+                if owner == rank
+                else torch.empty(shape, dtype=dtype, device=place)
+            )
+            if shape.numel():
+                dist.broadcast(new[path], source, group)
+    drawn = read(from_entries(new)).adapted() if new else {}
+    full = {name: value.detach().clone() for name, value in parts.full.items()}
+    return write(Parts({**parts.frozen, **drawn}, full))
 
 
 def check_equal(state: TensorDict, group: dist.ProcessGroup | None = None) -> str:
@@ -95,7 +103,7 @@ def check_equal(state: TensorDict, group: dist.ProcessGroup | None = None) -> st
         >>> len(rosa_func.distributed.check_equal(state))
         64
     """
-    own = tree.digest({}, {str(path): state[path] for path in state.keys(True, True)})
+    own = digest(state)
     if not dist.is_available() or not dist.is_initialized():
         return own
     hashes: list[str] = [""] * dist.get_world_size(group)
@@ -103,21 +111,3 @@ def check_equal(state: TensorDict, group: dist.ProcessGroup | None = None) -> st
     if len(set(hashes)) > 1:
         raise RuntimeError(f"the processes have different states, by rank: {hashes}")
     return own
-
-
-def _paths(state: TensorDict, name: str) -> list[tuple[str, ...]]:
-    """Return where the parts of an adapted weight are."""
-    paths = [("frozen", name), ("trainable", name, "A"), ("trainable", name, "B")]
-    kept = "compensation" in state.keys() and name in state["compensation"].keys()
-    return [*paths, ("compensation", name)] if kept else paths
-
-
-def _only(state: TensorDict, names: list[str]) -> TensorDict:
-    """Return the state of some adapted weights alone."""
-    parts: dict[str, Any] = dict(state.items())
-    return TensorDict(
-        {
-            part: TensorDict({name: entries[name] for name in names if name in entries.keys()})
-            for part, entries in parts.items()
-        }
-    )

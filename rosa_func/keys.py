@@ -52,13 +52,19 @@ def check_key(key: int) -> None:
         )
 
 
-def generator(key: int, purpose: str, name: str) -> torch.Generator:
-    """Return the generator of one weight's draw; it lives on the CPU, whatever the weight's device.
+def generator(key: int, purpose: str, name: str, *place: int) -> torch.Generator:
+    """Return the generator of one draw: of a weight, or of the matrix at a place of a batch.
 
-    `name` loses the prefixes of wrappers, so that a compiled or parallel model draws the same.
+    It lives on the CPU, whatever the weight's device. Names lose the prefixes of wrappers, so that
+    a compiled or parallel model draws the same.
     """
+    # A CPU generator uses the low 32 bits of its seed only; the hash has mixed all of the key in.
+    return torch.Generator().manual_seed(fold_in(key, purpose, canonical(name), *place))
+
+
+def canonical(name: str) -> str:
+    """Return a name without what wrappers such as torch.compile and DDP put in front of it."""
     name = name.replace(_COMPILED, "")
     while name.startswith(_PARALLEL):
         name = name.removeprefix(_PARALLEL)
-    # A CPU generator uses the low 32 bits of its seed only; the hash has mixed all of the key in.
-    return torch.Generator().manual_seed(fold_in(key, purpose, name))
+    return name

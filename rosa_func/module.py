@@ -10,14 +10,12 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from rosa_func import distributed as sharded
-from rosa_func import optim, samplers
-from rosa_func.compose import bind, call, skeleton
-from rosa_func.layout import check
-from rosa_func.leaves import leaves
+from rosa_func import distributed, optim, samplers
+from rosa_func.forward import bind, call
+from rosa_func.modules import skeleton
 from rosa_func.samplers import Sampler
-
-Path = tuple[str, ...]
+from rosa_func.weight import read
+from rosa_func.weight.layout import Path, entries, from_entries, leaves, trains
 
 
 class RosaModule(nn.Module):
@@ -55,10 +53,10 @@ class RosaModule(nn.Module):
     def __init__(self, model: nn.Module, state: TensorDict) -> None:
         """Take the leaves of the state as parameters, the rest of it as buffers."""
         super().__init__()
-        check(state)
+        read(state)  # or an error that names what is wrong
         self._slots: dict[Path, tuple[dict[str, Any], str]] = {}
-        for path, value in _entries(state):
-            if path[0] == "trainable":
+        for path, value in entries(state).items():
+            if trains(path):
                 value = nn.Parameter(value.detach().clone())
             self._register(path, value)
         # Not a submodule: its parameters, on the meta device, are nobody's business.
@@ -72,15 +70,7 @@ class RosaModule(nn.Module):
     @property
     def state(self) -> TensorDict:
         """The state: its trainable leaves are the parameters themselves."""
-        nested: dict[str, Any] = {}
-        for (*parents, last), (table, key) in self._slots.items():
-            node = nested
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[last] = table[key]
-        for part in ("frozen", "trainable", "input_dim"):
-            nested.setdefault(part, {})
-        return TensorDict(nested)
+        return from_entries({path: table[last] for path, (table, last) in self._slots.items()})
 
     def resample(
         self,
@@ -104,21 +94,19 @@ class RosaModule(nn.Module):
             fraction: as in `optim.rebind`.
         """
         old = self.state
-        new = sharded.resample(old, key, sampler=sampler)
-        parameters, values = leaves(old), leaves(new)
+        new = distributed.resample(old, key, sampler=sampler)
         if optimizer is not None:
-            optim.rebind(optimizer, old, new, moments=moments, fraction=fraction)
-            optim.replace(
-                optimizer,
-                [(values[name], parameters[name], optimizer.state.get(values[name], {}))
-                 for name in values],
-            )  # fmt: skip
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(values[name])
-        for path, value in _entries(new):
-            if path[0] != "trainable":
-                table, last = self._slots[path]
+            slots = optim.carried(optimizer, old, new, moments=moments, fraction=fraction)
+            for name, parameter in leaves(old).items():
+                optimizer.state.pop(parameter, None)
+                if slots[name]:
+                    optimizer.state[parameter] = slots[name]
+        for path, value in entries(new).items():
+            table, last = self._slots[path]
+            if trains(path):
+                with torch.no_grad():
+                    table[last].copy_(value)
+            else:
                 table[last] = value
 
     def train(self, mode: bool = True) -> "RosaModule":
@@ -137,7 +125,7 @@ class RosaModule(nn.Module):
         model = self.__dict__["skeleton"]
         found = getattr(model, name)
         if name == "device":
-            return next(iter(self.state["frozen"].values(True, True))).device
+            return next(iter(self.buffers())).device
         # What sets the model up need not see the state, and must work where `bind` refuses.
         if not isinstance(found, MethodType) or "checkpointing" in name:
             return found
@@ -176,12 +164,6 @@ def _into_new_memory(module: nn.Module, *_: Any) -> None:
     for branch in module.modules():
         for name, buffer in branch._buffers.items():
             branch._buffers[name] = None if buffer is None else buffer.clone()
-
-
-def _entries(state: TensorDict) -> list[tuple[Path, Tensor]]:
-    """Return the tensors of a state by their paths, such as ("trainable", "0.weight", "A")."""
-    keys = state.keys(include_nested=True, leaves_only=True)
-    return [((key,) if isinstance(key, str) else key, state[key]) for key in keys]
 
 
 @functools.cache

@@ -9,9 +9,11 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from rosa_func import moments as carrying
-from rosa_func.leaves import leaves
-from rosa_func.moments import Slots
+from rosa_func._carry import Slots, hand_on, project
+from rosa_func.weight import Term, Weight, read
+from rosa_func.weight.layout import leaves
+from rosa_func.weight.low_rank import LowRank, low_rank
+from rosa_func.weight.parts import trainable
 
 _NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 _MOMENTS = ("reset", "project", "keep", "prune")
@@ -20,23 +22,26 @@ _MOMENTS = ("reset", "project", "keep", "prune")
 def groups(
     state: TensorDict,
     *,
-    A: Mapping[str, Any] | None = _NO_OPTIONS,
-    B: Mapping[str, Any] | None = _NO_OPTIONS,
+    input: Mapping[str, Any] | None = _NO_OPTIONS,
+    output: Mapping[str, Any] | None = _NO_OPTIONS,
     full: Mapping[str, Any] | None = _NO_OPTIONS,
 ) -> list[dict[str, Any]]:
     """Return parameter groups for any `torch.optim` optimizer, with options of their own.
 
-    As in LoRA+, where the two factors have rates of their own; mind that here W = R + A B in the
-    parameter's layout, so that the input side is B for `nn.Linear` (out x in) and A for `Conv1D`
-    and `nn.Embedding`. Weight decay on A and B decays *pretrained* content: set it to 0 there,
-    and where it is wanted give it to `full` alone.
+        layer(x) = x R + (x input side) output side
+
+    As in LoRA+, where the two sides have rates of their own, the output side the higher one. In
+    the parameter's layout the input side is B for `nn.Linear` (out x in) and A for `Conv1D` (in x
+    out); an embedding counts as the transposed linear layer to which it is often tied, so B. Weight
+    decay on the factors decays *pretrained* content: set it to 0 there, and where it is wanted give
+    it to `full` alone.
 
     Args:
         state: a state of `init` or `resample`.
-        A: options of the group of the left factors, such as `{"lr": 1e-3}`; what is not given is
-            the optimizer's default. None leaves them out: they stay as drawn.
-        B: the same of the right factors.
-        full: the same of the tensors trained in full.
+        input: options of the group of the factors on the input side, such as `{"lr": 1e-3}`; what
+            is not given is the optimizer's default. None leaves them out: they stay as drawn.
+        output: the same of the factors on the output side.
+        full: the same of the tensors trained in full, and of what else trains.
 
     Returns:
         A group for each of the three that has tensors, in this order.
@@ -49,32 +54,42 @@ def groups(
     Example:
         >>> import rosa_func, torch
         >>> state = rosa_func.init(torch.nn.Sequential(torch.nn.Linear(6, 4)), 2)
-        >>> groups = rosa_func.optim.groups(state, A={"lr": 1e-2})
+        >>> groups = rosa_func.optim.groups(state, output={"lr": 1e-2})
         >>> optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.0)
         >>> [group["lr"] for group in optimizer.param_groups]
-        [0.01, 0.001]
+        [0.001, 0.01]
     """
-    chosen: dict[str, tuple[Mapping[str, Any] | None, list[Tensor]]] = {
-        "A": (A, []),
-        "B": (B, []),
-        "full": (full, []),
-    }
-    for which, (options, _) in chosen.items():
+    given = {"input": input, "output": output, "full": full}
+    for side, options in given.items():
         if options is not None and "params" in options:
-            raise ValueError(f"the options of {which} have 'params': groups chooses the tensors")
-    in_full = {name for name, value in state["trainable"].items() if isinstance(value, Tensor)}
-    for name, leaf in leaves(state).items():
-        chosen["full" if name in in_full else name[-1]][1].append(leaf)
-    if not any(tensors for options, tensors in chosen.values() if options is not None):
-        raise ValueError("no tensor is left to train: give options, not None, for A, B or full")
-    for options, tensors in chosen.values():
-        for leaf in tensors:
+            raise ValueError(f"the options of {side} have 'params': groups chooses the tensors")
+    chosen: dict[str, list[Tensor]] = {side: [] for side in given}
+    parts = read(state)
+    for w in parts.adapted().values():
+        for term in w.terms:
+            for field, leaf in trainable(term).items():
+                chosen[_side(term, field, w)].append(leaf)
+    chosen["full"] += parts.full.values()
+    if not any(chosen[side] for side, options in given.items() if options is not None):
+        raise ValueError(
+            "no tensor is left to train: give options, not None, for input, output or full"
+        )
+    for side, options in given.items():
+        for leaf in chosen[side]:
             leaf.requires_grad_(options is not None)
     return [
-        {"params": tensors, **options}
-        for options, tensors in chosen.values()
-        if options is not None and tensors
+        {"params": chosen[side], **options}
+        for side, options in given.items()
+        if options is not None and chosen[side]
     ]
+
+
+def _side(term: Term, field: str, w: Weight) -> str:
+    """Return the group of a leaf."""
+    if not isinstance(term, LowRank):
+        return "full"
+    from_the_left = int(w.input_dim) in (0, -2)  # x meets A first
+    return "input" if (field == "A") == from_the_left else "output"
 
 
 def rebind(
@@ -145,6 +160,30 @@ def rebind(
         >>> optimizer.param_groups[0]["params"][0] is new["trainable", "0.weight", "A"]
         True
     """
+    slots = carried(optimizer, old_state, new_state, moments=moments, fraction=fraction)
+    old, new = leaves(old_state), leaves(new_state)
+    held = {id(leaf): name for name, leaf in old.items()}
+    for group in optimizer.param_groups:
+        for place, leaf in enumerate(group["params"]):
+            if (name := held.get(id(leaf))) is not None:
+                group["params"][place] = new[name]
+                optimizer.state.pop(leaf, None)
+                if slots[name]:
+                    optimizer.state[new[name]] = slots[name]
+    for name, leaf in old.items():
+        new[name].requires_grad_(leaf.requires_grad)
+    return optimizer
+
+
+def carried(
+    optimizer: torch.optim.Optimizer,
+    old_state: TensorDict,
+    new_state: TensorDict,
+    *,
+    moments: str,
+    fraction: float | None,
+) -> dict[str, Slots]:
+    """Return what an optimizer of the old leaves is to know of the new ones; see `rebind`."""
     check_moments(moments, fraction)
     _refuse_lbfgs(optimizer)
     old, new = leaves(old_state), leaves(new_state)
@@ -157,38 +196,24 @@ def rebind(
             "the optimizer has no leaf of old_state: pass the state that its parameters came from, "
             "before the resample"
         )
-
-    slots: dict[str, Slots] = {}
-    for name in old_state["trainable"].keys():
-        own = [leaf for leaf in (name, f"{name}.A", f"{name}.B") if leaf in old]
-        before = {leaf: dict(optimizer.state.get(old[leaf], {})) for leaf in own}
-        if own == [name] or all(torch.equal(old[leaf], new[leaf]) for leaf in own):
-            slots |= before
-        elif moments == "reset":
-            slots |= {leaf: _fresh(optimizer, old[leaf], new[leaf]) for leaf in own}
-        elif moments == "project":
-            slots |= carrying.project(name, old, new, before)
-        else:
-            slots |= carrying.hand_on(old, new, before, fraction or 0.0)
-
-    replace(optimizer, [(old[name], new[name], slots[name]) for name in old])
-    return optimizer
-
-
-def replace(optimizer: torch.optim.Optimizer, swaps: list[tuple[Tensor, Tensor, Slots]]) -> None:
-    """Put new leaves in the place of old ones, with what the optimizer is to know of them."""
-    by_old = {id(old): (old, new, slots) for old, new, slots in swaps}
-    for group in optimizer.param_groups:
-        for place, parameter in enumerate(group["params"]):
-            if id(parameter) not in by_old:
+    slots = {name: dict(optimizer.state.get(leaf, {})) for name, leaf in old.items()}
+    before, after = (read(state).adapted() for state in (old_state, new_state))
+    for name, w in before.items():
+        for term, drawn in zip(w.terms, after[name].terms, strict=True):
+            pairs = {
+                f"{name}.{field}": (leaf, getattr(drawn, field))
+                for field, leaf in trainable(term).items()
+            }
+            own = {leaf: slots[leaf] for leaf in pairs}
+            if all(torch.equal(one, other) for one, other in pairs.values()):
                 continue
-            old, new, slots = by_old[id(parameter)]
-            group["params"][place] = new
-            optimizer.state.pop(old, None)
-            if slots:
-                optimizer.state[new] = slots
-    for old, new, _ in swaps:
-        new.requires_grad_(old.requires_grad)
+            if moments == "reset":
+                slots |= {leaf: _fresh(optimizer, *pair) for leaf, pair in pairs.items()}
+            elif moments == "project" and isinstance(term, LowRank):
+                slots |= project(name, term, low_rank(after[name]), own)
+            else:
+                slots |= hand_on(pairs, own, fraction or 0.0)
+    return slots
 
 
 def rewarm(schedule: Callable[[int], float], every: int, steps: int) -> Callable[[int], float]:
@@ -255,7 +280,7 @@ def _refuse_lbfgs(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _fresh(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor) -> Slots:
-    """Return what a new optimizer would know: nothing, but of Adagrad, which starts with a sum."""
+    """Return what a new optimizer would know: only Adagrad knows something, its first sum."""
     if not isinstance(optimizer, torch.optim.Adagrad) or old not in optimizer.state:
         return {}
     (group,) = (g for g in optimizer.param_groups if any(p is old for p in g["params"]))

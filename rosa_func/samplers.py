@@ -4,6 +4,7 @@ A sampler is `sampler(W, r, site) -> (A, B)`, with W (m x n, float32 or float64)
 B (r x n). Nothing else tells one method from another: the residual is always W - A B. To write a
 sampler of your own, take every random number from `site.generator`, leave W as it is and keep
 nothing of it: a resample takes its memory for R. The factors may be views of W; they are copied.
+Of a batch of matrices it is asked for each of them.
 """
 
 from collections.abc import Callable
@@ -30,6 +31,12 @@ class Site(NamedTuple):
 
 
 Sampler = Callable[[Tensor, int, Site], tuple[Tensor, Tensor]]
+
+
+def check_sampler(sampler: Sampler) -> None:
+    """Refuse what cannot be called, such as a sampler's name."""
+    if not callable(sampler):
+        raise TypeError(f"a sampler is a function such as samplers.random, got {sampler!r}")
 
 
 def random(W: Tensor, r: int, site: Site) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 from rosa_func import samplers
-from rosa_func.draw import check_sampler
 from rosa_func.keys import check_key, fold_in
 from rosa_func.module import RosaModule
 from rosa_func.optim import check_moments
-from rosa_func.samplers import Sampler
+from rosa_func.samplers import Sampler, check_sampler
 
 
 class ResampleCallback(TrainerCallback):

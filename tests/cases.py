@@ -25,7 +25,7 @@ from modules import (
     TiedEmbedding,
 )
 from rosa_func import samplers
-from rosa_func.exact import SUPPORTED
+from rosa_func.weight.rounding import SUPPORTED
 
 # Samplers.
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 import rosa_func
 from cases import ANY_DTYPE, DTYPES
 from models import randn, seeded
-from rosa_func import checkpoint, tree
-from rosa_func.leaves import leaves
+from rosa_func import checkpoint
+from rosa_func.files import container, nested
+from rosa_func.weight.layout import leaves
 
 
 def make_state(r: int = 2, dtype: torch.dtype = torch.float32, **options: Any) -> TensorDict:
@@ -78,8 +79,8 @@ values = st.recursive(
 class TestSaveAndLoad:
     @given(value=values)
     def test_nested_values_come_back_as_they_were(self, value: Any):
-        text, flat = tree.flatten(value)
-        assert identical(tree.unflatten(text, flat), value)
+        text, flat = nested.flatten(value)
+        assert identical(nested.unflatten(text, flat), value)
 
     @given(value=values, dtype=ANY_DTYPE, exact=st.sampled_from([True, None]))
     def test_a_file_holds_the_bits_of_the_state_and_of_the_extras(
@@ -95,7 +96,7 @@ class TestSaveAndLoad:
 
     def test_optimizer_and_scheduler_dicts_can_be_loaded_again(self, tmp_path: Path):
         state = make_state()
-        groups = rosa_func.optim.groups(state, A={"lr": 0.1, "betas": (0.8, 0.9)})
+        groups = rosa_func.optim.groups(state, output={"lr": 0.1, "betas": (0.8, 0.9)})
         optimizer = torch.optim.Adam(groups, lr=1e-3)
         schedulers = [
             torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 3, 5]),
@@ -211,7 +212,7 @@ class TestKilledSaves:
         def interrupted(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(checkpoint, "_sync", interrupted)
+        monkeypatch.setattr(container, "_sync", interrupted)
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save(path, make_state(), step=2)
         assert checkpoint.load(path)[1]["step"] == 1
@@ -274,7 +275,7 @@ class TestDamagedFiles:
             del tensors["state/trainable/0.weight/A"]
             message = "does not hold what its metadata says: KeyError"
         del metadata["sha256"]
-        metadata["sha256"] = tree.digest(metadata, tensors)
+        metadata["sha256"] = nested.digest(metadata, tensors)
         save_file(tensors, path, metadata)
         with pytest.raises(ValueError, match=message):
             checkpoint.load(path)

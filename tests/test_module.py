@@ -15,9 +15,9 @@ import rosa_func
 from models import randn, seeded, stock_model, tiny_gpt2, token_ids
 from references import main_output, model_snapshot, state_bytes
 from rosa_func import samplers
-from rosa_func.leaves import leaves
 from rosa_func.module import RosaModule
 from rosa_func.trainer import ResampleCallback
+from rosa_func.weight.layout import leaves
 
 
 def gpt2_and_rosa_module(**options: Any) -> tuple[nn.Module, RosaModule]:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import rosa_func
 from models import randn, seeded
 from references import state_bytes
-from rosa_func import moments as carrying
 from rosa_func import samplers
-from rosa_func.leaves import leaves
+from rosa_func._carry import gradient_moment
+from rosa_func.weight.layout import leaves
 
 Make = Callable[[Any], torch.optim.Optimizer]
 
@@ -114,7 +114,7 @@ class TestWhatRebindKeeps:
     def test_rebinding_keeps_groups_rates_and_the_schedule(self):
         def rates(every: int | None) -> list[list[float]]:
             state = make_state()
-            groups = rosa_func.optim.groups(state, A={"lr": 0.1}, full={"weight_decay": 0.5})
+            groups = rosa_func.optim.groups(state, output={"lr": 0.1}, full={"weight_decay": 0.5})
             optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.0)
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
             trace = []
@@ -136,7 +136,7 @@ class TestWhatRebindKeeps:
 
     def test_rebinding_leaves_other_parameters_and_omitted_factors_alone(self):
         state, other = make_state(), nn.Parameter(torch.ones(3))
-        groups = rosa_func.optim.groups(state, B=None, full=None)
+        groups = rosa_func.optim.groups(state, input=None, full=None)
         optimizer = torch.optim.Adam([*groups, {"params": [other]}])
         train(optimizer, state, range(2))
         new = rosa_func.resample(state, 1)
@@ -213,7 +213,7 @@ class TestProject:
             randn(*size, seed=seed + i, dtype=torch.float64)
             for i, size in enumerate([(m, r), (r, n), (m, r), (r, n)])
         )
-        left, right = carrying.gradient_moment(A, B, M_A, M_B, 1e-16)
+        left, right = gradient_moment(A, B, M_A, M_B, 1e-16)
         eye = partial(torch.eye, dtype=torch.float64)
         # G B^T = M_A and A^T G = M_B as one dense system in the entries of G, row by row.
         system = torch.cat([torch.kron(eye(m), B), torch.kron(A.T.contiguous(), eye(n))])
@@ -229,7 +229,7 @@ class TestProject:
         A, B = (randn(*s, seed=seed, dtype=torch.float64) for s in [(m, r), (r, n)])
         G = randn(m, n, seed=seed + 1, dtype=torch.float64)
         M_A, M_B = (None, A.T @ G) if missing == "A" else (G @ B.T, None)
-        left, right = carrying.gradient_moment(A, B, M_A, M_B, 1e-16)
+        left, right = gradient_moment(A, B, M_A, M_B, 1e-16)
         span = torch.linalg.pinv(A.T) @ A.T @ G if missing == "A" else G @ torch.linalg.pinv(B) @ B
         torch.testing.assert_close(left @ right, span, rtol=1e-7, atol=1e-7)
 
@@ -358,7 +358,9 @@ class TestRebindRefusals:
 class TestGroups:
     def test_every_leaf_is_in_one_group_with_its_options(self):
         state = make_state()
-        groups = rosa_func.optim.groups(state, A={"lr": 1.0}, B={"lr": 2.0}, full={"lr": 3.0})
+        groups = rosa_func.optim.groups(
+            state, output={"lr": 1.0}, input={"lr": 2.0}, full={"lr": 3.0}
+        )
         named = leaves(state)
         expected = {name: {"A": 1.0, "B": 2.0}.get(name[-1], 3.0) for name in named}
         found = {id(p): group["lr"] for group in groups for p in group["params"]}
@@ -370,10 +372,10 @@ class TestGroups:
         assert len(rosa_func.optim.groups(training)) == 2  # none in full
         for state in (training, fresh):  # the leaves of the first require gradients
             before = state_bytes(state)  # with the flags
-            with pytest.raises(ValueError, match="options of B have 'params'"):
-                rosa_func.optim.groups(state, A=None, B={"params": []})
+            with pytest.raises(ValueError, match="options of input have 'params'"):
+                rosa_func.optim.groups(state, output=None, input={"params": []})
             with pytest.raises(ValueError, match="no tensor is left"):
-                rosa_func.optim.groups(state, A=None, B=None)
+                rosa_func.optim.groups(state, output=None, input=None)
             assert state_bytes(state) == before
 
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import rosa_func
 from models import randn, seeded, stock_model, tiny_gpt2, token_ids
 from references import main_output, storage_pointers
-from rosa_func.leaves import leaves
+from rosa_func.weight.layout import leaves
 
 RECOMPUTE = {"use_reentrant": False, "context_fn": rosa_func.recompute}
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 import rosa_func
 from cases import SIXTEEN_BIT_DTYPES
 from models import seeded, tiny_gpt2, token_ids
-from rosa_func.leaves import leaves
+from rosa_func.weight.layout import leaves
 
 
 class FormedTensors(TorchDispatchMode):

@@ -13,7 +13,7 @@ from cases import DTYPES
 from models import seeded, tiny_gpt2, two_layers
 from references import model_snapshot, state_bytes
 from rosa_func import samplers
-from rosa_func import targets as targeting
+from rosa_func.patterns import rank
 
 ATTENTION = "transformer.h.0.attn.c_attn.weight"
 WORDS = "transformer.wte.weight"
@@ -114,7 +114,7 @@ def test_a_rank_is_checked_against_each_weight():
 def test_a_decimal_fraction_is_taken_as_written(hundredths, limit):
     """0.29 of 100 is 29, though the float next to 0.29 times 100 is 28.999999999999996."""
     fraction = float(f"0.{hundredths:02}")
-    assert targeting.rank(fraction, "w", (limit, 500)) == max(1, hundredths * limit // 100)
+    assert rank(fraction, ["w"], (limit, 500)) == max(1, hundredths * limit // 100)
 
 
 # Targets.
@@ -175,7 +175,7 @@ def test_which_weights_a_pattern_or_predicate_means(targets, names):
         ({"targets": "ln_f"}, ValueError, ["'ln_f'", "transformer.ln_f.weight", "(12,)"]),
         ({"train": "ln_g"}, ValueError, ["'ln_g'", "train", "ln_f"]),
         ({"train": 3}, TypeError, ["train", "3"]),
-        ({"train": "c_attn"}, ValueError, [ATTENTION, "`targets`", "`train`"]),
+        ({"targets": "c_attn", "train": "c_attn"}, ValueError, [ATTENTION, "`targets`", "`train`"]),
         ({"train": "head"}, ValueError, ["'head'", "train"]),
         ({"targets": "wte", "train": "lm_head"}, ValueError, [WORDS, "both"]),
         ({"key": "0"}, TypeError, ["'0'", "str", "key=0"]),

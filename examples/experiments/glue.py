@@ -60,7 +60,7 @@ def load(name: str, setting: dict[str, Any], seed: int, data: Path | None) -> Ta
     def loss(forward: Forward, batch: Batch) -> Tensor:
         return loss_of(outputs(forward, batch), batch["labels"], graded)
 
-    weights = rosa_func.tree.digest({}, dict(model.base_model.named_parameters()))  # not the head
+    weights = rosa_func.checkpoint.digest(dict(model.base_model.named_parameters()))  # not the head
     return Task(model, ["head"], batches, loss, evaluated, digest=digest(weights, splits))
 
 

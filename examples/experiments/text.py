@@ -40,7 +40,7 @@ def load(kind: str, setting: dict[str, Any], data: Path | None, cache: Path) -> 
     def evaluated(forward: Forward, split: str) -> Metrics:
         return evaluate(forward, splits[split])
 
-    weights = rosa_func.tree.digest({}, dict(model.named_parameters()))
+    weights = rosa_func.checkpoint.digest(dict(model.named_parameters()))
     identity = digest(weights, splits)
     return Task(model, [], batches, loss, evaluated, generate, digest=identity)
 

@@ -12,17 +12,17 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from rosa_func import samplers
-from rosa_func import state as states
-from rosa_func import targets as targeting
-from rosa_func.compose import skeleton
+from rosa_func import modules, samplers, targeting
+from rosa_func.cycle import check_options, split_all
+from rosa_func.modules import skeleton
+from rosa_func.patterns import Rank
 from rosa_func.samplers import Sampler
-from rosa_func.targets import Rank, Targets
+from rosa_func.targeting import Targets
 
 
 def init_from(
     path: str | os.PathLike[str],
-    r: Rank,
+    r: Rank | None = None,
     *,
     key: int = 0,
     sampler: Sampler = samplers.random,
@@ -71,13 +71,14 @@ def init_from(
         torch.Size([1, 2, 9])
     """
     folder = Path(path)
+    check_options(key, sampler, exact)
     if dtype is not None and dtype not in _DTYPES.values():
         known = ", ".join(str(known) for known in _DTYPES.values())
         raise TypeError(f"dtype is None or one of {known}, got {dtype!r}")
     with ExitStack() as stack:
         files = _Files(folder, stack)
         model = _weightless(folder, dtype or files.dtype())
-        expected = targeting.tensors(model)
+        expected = modules.tensors(model)
         stored = files.locate(model)
 
         def read(name: str) -> Tensor:
@@ -89,7 +90,8 @@ def init_from(
                 )
             return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
-        return model, states.start(model, read, r, key, sampler, targets, train, exact)
+        plan = targeting.plan(model, r, targets, train)
+        return model, split_all(plan, read, key=key, sampler=sampler, exact=exact)
 
 
 class _Files:
@@ -128,7 +130,7 @@ class _Files:
         """
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         stored = {}
-        for name, aliases in targeting.aliases(model).items():
+        for name, aliases in modules.aliases(model).items():
             variants = [v for a in aliases for v in (a, a.removeprefix(prefix), prefix + a)]
             found = [variant for variant in variants if variant in self._file_of]
             if not found:
@@ -159,7 +161,7 @@ def _weightless(folder: Path, dtype: torch.dtype) -> nn.Module:
     if model_class is None:
         raise ValueError(
             f"{folder / 'config.json'} names the architectures {config.architectures}, which "
-            "transformers has not: load the model by other means, and use init"
+            "transformers does not have: load the model by other means, and use init"
         )
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:

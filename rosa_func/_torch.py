@@ -1,0 +1,83 @@
+"""The parts of torch that are needed and have no public name, all in one place."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import DisableTorchFunctionSubclass as without_torch_function
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map
+
+__all__ = [
+    "GROUPED_PRODUCTS",
+    "are_transforms_off",
+    "is_autocast",
+    "is_eager",
+    "operator_name",
+    "own_buffers",
+    "own_modules",
+    "own_parameters",
+    "own_persistent_buffers",
+    "tree_map",
+    "without_autocast",
+    "without_torch_function",
+]
+
+
+# Products of groups of rows with a matrix each, under the names of this torch.
+GROUPED_PRODUCTS: list[Callable[..., Tensor]] = [
+    getattr(place, name)
+    for place, name in ((torch, "_grouped_mm"), (torch.nn.functional, "grouped_mm"))
+    if hasattr(place, name)
+]
+
+
+def operator_name(function: Any) -> str | None:
+    """Return "library::operator" of an operator of torch.ops, None for other functions."""
+    if isinstance(function, torch._ops.OpOverload):
+        return function._schema.name
+    return getattr(function, "_qualified_op_name", None)
+
+
+def is_eager() -> bool:
+    """Return False inside a compiler, a transform of torch.func, or forward-mode derivatives."""
+    return not torch.compiler.is_compiling() and are_transforms_off()
+
+
+def are_transforms_off() -> bool:
+    """Return False inside a transform of torch.func or forward-mode derivatives."""
+    return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Return whether autocast is on for a device; there are devices that know nothing of it."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which products have the dtype of what is multiplied."""
+    return torch.autocast(device.type, enabled=False) if is_autocast(device) else nullcontext()
+
+
+def own_parameters(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the table of a module's own parameters, which may be written to."""
+    return module._parameters  # type: ignore[return-value]
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the table of a module's own buffers, which may be written to."""
+    return module._buffers
+
+
+def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return the table of a module's children."""
+    return module._modules
+
+
+def own_persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers of a module alone that its state dict holds."""
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield name, buffer

@@ -1,0 +1,127 @@
+"""A draw: what becomes of one weight, and of all of them at once."""
+
+from collections.abc import Callable, Collection, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rosa_func.samplers import Sampler, Site
+from rosa_func.weight import Base, Term, Weight
+from rosa_func.weight.low_rank import LowRank
+from rosa_func.weight.parallel import map_weights
+from rosa_func.weight.rounding import aligned, factor_dtype, split
+
+
+class Draw(NamedTuple):
+    """How the factors of one weight are drawn.
+
+    Attributes:
+        name: of the weight.
+        r: the rank.
+        sampler: of `samplers`, or one like them.
+        input_dim: the dimension that meets the input; negative for a batch of matrices.
+        generator: (*place) -> the source of randomness of the matrix at that place of a batch, or
+            () -> that of the only one.
+        kept: the dtype in which what rounding takes is kept, None for not at all.
+    """
+
+    name: str
+    r: int
+    sampler: Sampler
+    input_dim: int
+    generator: Callable[..., torch.Generator]
+    kept: torch.dtype | None
+
+
+class NotFiniteError(ValueError):
+    """A weight has NaN or infinite values."""
+
+
+def draw(
+    how: Draw, W: Tensor, like: Base, terms: Iterable[Term] = (), *, own: bool = False
+) -> Weight:
+    """Draw the factors of W and split it.
+
+    Args:
+        how: the draw.
+        W: the weight, in the dtype of `like` or a wider one.
+        like: how the residual is to be stored.
+        terms: what the weight was made of, if anything: the terms that are not drawn start anew.
+        own: whether R may be written over W.
+
+    Raises:
+        NotFiniteError: if W is not finite.
+        ValueError: if the decomposition does not converge, or the sampler's factors do not fit.
+    """
+    if not _all_finite(W):
+        raise NotFiniteError(how.name)
+    wide = W.to(factor_dtype(like.dtype))
+    if how.input_dim < 0:
+        batch = wide.flatten(0, -3)
+        pairs = [_factors(how, M, how.input_dim + 2, place) for place, M in enumerate(batch)]
+        A, B = (torch.stack(side) for side in zip(*pairs, strict=True))
+        lead = W.shape[:-2]
+        factors = LowRank(A.view(*lead, *A.shape[1:]), B.view(*lead, *B.shape[1:]))
+    else:
+        factors = LowRank(*_factors(how, wide.flatten(1), how.input_dim))
+    factors = aligned(factors)  # copies: a sampler may return views of W
+    base, lost = split(W, factors, like, how.kept, own)
+    if like.dtype == torch.float16 and not _all_finite(base.dense()):
+        raise ValueError(
+            f"the residual of {how.name} is beyond float16's largest value, 65504; use bfloat16"
+        )
+    anew = tuple(term.restarted() for term in terms if term.restarted is not None)
+    return Weight(base, (factors, *anew), torch.tensor(how.input_dim), lost)
+
+
+def draw_all(
+    work: Callable[[str], Weight], names: Collection[str], full: dict[str, Tensor]
+) -> dict[str, Weight]:
+    """Return {name: work(name)}; refuse all weights that are not finite at once, `full` too."""
+
+    def attempt(name: str) -> Weight | NotFiniteError:
+        try:
+            return work(name)
+        except NotFiniteError as error:
+            return error
+
+    weights, bad = {}, []
+    for name, found in zip(names, map_weights(attempt, names), strict=True):
+        if isinstance(found, NotFiniteError):
+            bad.append(name)
+        else:
+            weights[name] = found
+    bad += [name for name, value in full.items() if not _all_finite(value)]
+    if bad:
+        raise ValueError(
+            f"{', '.join(bad)}: non-finite values; load other weights, or lower the learning rate"
+        )
+    return weights
+
+
+def _factors(how: Draw, W: Tensor, input_dim: int, *place: int) -> tuple[Tensor, Tensor]:
+    """Return the sampler's factors of one matrix, checked."""
+    site = Site(how.name, input_dim, how.generator(*place))
+    try:
+        A, B = how.sampler(W, how.r, site)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ValueError(f"the decomposition of {how.name} did not converge: {error}") from error
+    if A.shape[1:] != B.shape[:1] or (*A.shape[:1], *B.shape[1:]) != W.shape:
+        raise ValueError(
+            f"the sampler's factors of {how.name} have shapes {tuple(A.shape)} and "
+            f"{tuple(B.shape)}, whose product is not {tuple(W.shape)}"
+        )
+    if not (_all_finite(A) and _all_finite(B)):
+        raise ValueError(
+            f"the sampler's factors of {how.name} are not finite: are its values (up to "
+            f"{W.abs().max():.3g}) too large to be squared?"
+        )
+    return A, B
+
+
+def _all_finite(W: Tensor) -> bool:
+    if W.sum().isfinite():  # twice as quick; finite values may overflow in it
+        return True
+    low, high = W.aminmax()  # one pass without a mask; NaN shows in both
+    return bool(low.isfinite() and high.isfinite())

@@ -1,0 +1,1 @@
+"""Files: nested values as safetensors, and the formats of others."""

@@ -1,0 +1,147 @@
+"""Reading an nn.Module: its names, ties, buffers and shapes, and copying it without its weights."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rosa_func._torch import own_modules, own_parameters, own_persistent_buffers
+from rosa_func.keys import canonical
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and the persistent buffers, a tied one once, under its first name."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model is an nn.Module, got {type(model).__name__}")
+    both = chain(model.named_parameters(), persistent_buffers(model))
+    return {name: tensor.detach() for name, tensor in both}
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers that a state holds, a tied one once, under its first name."""
+    seen = set()
+    for prefix, module in model.named_modules():
+        for name, buffer in own_persistent_buffers(module):
+            if id(buffer) not in seen:
+                seen.add(id(buffer))
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+class Parameter(NamedTuple):
+    """One parameter of a model: the modules that own it, and every name it has."""
+
+    value: Tensor
+    owners: list[nn.Module]
+    names: list[str]
+
+
+def parameters(model: nn.Module) -> dict[str, Parameter]:
+    """Return every parameter by its first name."""
+    found: dict[int, Parameter] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, value in own_parameters(module).items():
+            if value is not None:
+                entry = found.setdefault(id(value), Parameter(value, [], []))
+                entry.owners.append(module)
+                entry.names.append(f"{prefix}.{name}" if prefix else name)
+    return {name: found[id(value)] for name, value in model.named_parameters()}
+
+
+def aliases(model: nn.Module) -> dict[str, list[str]]:
+    """Return every name of each tensor of `tensors`."""
+    named = {name: parameter.names for name, parameter in parameters(model).items()}
+    return named | {name: [name] for name, _ in persistent_buffers(model)}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside the wrappers of torch.compile, DDP and their like."""
+    while (inside := own_modules(model)).keys() in ({"_orig_mod"}, {"module"}):
+        (inner,) = inside.values()
+        if inner is None or list(own_parameters(model)):
+            break
+        model = inner
+    return model
+
+
+def refuse_meta(model: nn.Module) -> None:
+    """Refuse a model without weights."""
+    if meta := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise ValueError(f"{some(meta)} is on the meta device: load the weights first")
+
+
+def some(names: list[str]) -> str:
+    """Name the first three."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """Return a weightless copy of the model, so that the model can be let go.
+
+    Its parameters and persistent buffers are on the meta device, ties kept; non-persistent
+    buffers, which no state holds, are real. `call(skeleton(model), state, ...)` equals
+    `call(model, state, ...)` bit for bit.
+
+    Args:
+        model: any `nn.Module`.
+
+    Returns:
+        A module of the same class. To compute with it, pass it to `call` with a state.
+
+    Example:
+        >>> import rosa_func, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> state, x = rosa_func.init(model, 2), torch.ones(3, 6)
+        >>> y = rosa_func.call(model, state, x)
+        >>> model = rosa_func.skeleton(model)
+        >>> torch.equal(rosa_func.call(model, state, x), y)
+        True
+    """
+    return with_tensors(model, {name: t.to("meta") for name, t in tensors(model).items()})
+
+
+def with_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy of the model with these in the place of its own tensors, ties kept."""
+    # deepcopy takes what the memo holds instead of copying it: no weight is ever copied, and one
+    # stand-in for a tensor under several names keeps the tie.
+    stand_ins: dict[int, Any] = {
+        id(p): nn.Parameter(values[name], p.requires_grad) for name, p in model.named_parameters()
+    }
+    stand_ins |= {id(buffer): values[name] for name, buffer in persistent_buffers(model)}
+    return copy.deepcopy(model, stand_ins)
+
+
+def fit(
+    model: str, expected: Mapping[str, torch.Size], given: Mapping[str, torch.Size]
+) -> dict[str, str]:
+    """Return {the model's name: the state's name}, after making sure that all shapes fit.
+
+    The names are the same but for what wrappers put in front of them (torch.compile, DDP).
+
+    Raises:
+        KeyError: if a name is in only one of the two.
+        ValueError: if a shape differs (both are named).
+    """
+    if expected.keys() == given.keys():
+        names = {name: name for name in expected}
+    else:
+        rest = {canonical(name): name for name in given}
+        if len(rest) < len(given):
+            rest = {name: name for name in given}
+        names = {name: rest.pop(canonical(name), "") for name in expected}
+        if missing := [name for name, own in names.items() if not own]:
+            raise KeyError(f"the state lacks {missing[0]} of {model}; was it made from this model?")
+        if rest:
+            raise KeyError(
+                f"the state has {next(iter(rest.values()))}, and {model} has no tensor of that "
+                "name; was it made from this model?"
+            )
+    for name, shape in expected.items():
+        if shape != given[names[name]]:
+            raise ValueError(
+                f"{names[name]} has shape {tuple(given[names[name]])} in the state and "
+                f"{tuple(shape)} in {model}"
+            )
+    return names

@@ -1,0 +1,167 @@
+"""Where a model keeps its tensors: worked out once, and looked up at each call."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from itertools import chain
+from operator import is_
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from rosa_func import modules
+from rosa_func._torch import own_buffers, own_modules, own_parameters, own_persistent_buffers
+
+Table = dict[str, Any]
+
+
+class Slot(NamedTuple):
+    """One place of a tensor. `name` is that of the state, None where no state holds it."""
+
+    owner: "ref[nn.Module]"
+    is_buffer: bool
+    key: str
+    name: str | None
+
+    def table(self) -> Table:
+        """Return the table of the owner in which the tensor is."""
+        owner: Any = self.owner()
+        return own_buffers(owner) if self.is_buffer else own_parameters(owner)
+
+
+class Places(NamedTuple):
+    """What depends on the structure of a model alone. Nothing in it keeps the model alive.
+
+    Attributes:
+        shapes: of the parameters and persistent buffers, by their first names.
+        slots: every place of each of them, and those of the other buffers.
+        buffered: the modules with buffers of their own.
+        checkpointing: the modules that may recompute, by name, as transformers marks them.
+        keys, values: all keys and tensors of all modules, to see whether anything was replaced.
+    """
+
+    shapes: dict[str, torch.Size]
+    slots: list[Slot]
+    buffered: "list[ref[nn.Module]]"
+    checkpointing: "list[tuple[str, ref[nn.Module]]]"
+    modules: "list[ref[nn.Module]]"
+    keys: list[str]
+    values: "list[ref[Any] | None]"
+
+
+_known: "WeakKeyDictionary[nn.Module, Places]" = WeakKeyDictionary()
+
+
+def places(model: nn.Module) -> Places:
+    """Return the places of a model, from the last call if no part of it was replaced since."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model is an nn.Module, got {type(model).__name__}")
+    try:
+        found = _known.get(model)
+    except TypeError:  # a class of its own notion of equality, which cannot be a key
+        return _look(model)
+    if found is None or not _is_current(found):
+        found = _known[model] = _look(model)
+    return found
+
+
+class Swapped(AbstractContextManager[None]):
+    """Other tensors in some places of a model while it is entered."""
+
+    def __init__(self, tables: list[tuple[Table, str]], tensors: list[Tensor]) -> None:
+        """Remember the places and their tensors."""
+        self._tables, self._tensors = tables, tensors
+
+    def __enter__(self) -> None:
+        """Put them in."""
+        self._own = [table[key] for table, key in self._tables]
+        for (table, key), tensor in zip(self._tables, self._tensors, strict=True):
+            table[key] = tensor
+
+    def __exit__(self, *raised: object) -> None:
+        """Put the model's own back."""
+        for (table, key), tensor in zip(self._tables, self._own, strict=True):
+            table[key] = tensor
+
+    def again(self) -> "Swapped":
+        """Return one more, to be entered on its own."""
+        return Swapped(self._tables, self._tensors)
+
+
+def swapped(found: Places, names: Mapping[str, str], weights: Mapping[str, Tensor]) -> Swapped:
+    """Return the swap of these weights, with buffers that a forward pass may write to cloned.
+
+    Args:
+        found: of the model.
+        names: {the model's name: the name in `weights`}.
+        weights: the tensors of a state.
+    """
+    clones: dict[int, Tensor | None] = {}
+    for owner in found.buffered:
+        module: Any = owner()
+        if module.training:
+            clones |= {id(b): None for b in own_buffers(module).values() if b is not None}
+    tables, tensors = [], []
+    for slot in found.slots:
+        table = slot.table()
+        own = table[slot.key]
+        tensor = own if slot.name is None else weights[names[slot.name]]
+        if clones and id(own) in clones:
+            if (clone := clones[id(own)]) is None:
+                clone = clones[id(own)] = tensor.clone()
+            tensor = clone
+        if tensor is not own:
+            tables.append((table, slot.key))
+            tensors.append(tensor)
+    return Swapped(tables, tensors)
+
+
+def _look(model: nn.Module) -> Places:
+    both = chain(model.named_parameters(), modules.persistent_buffers(model))
+    first = {id(tensor): name for name, tensor in both}
+    named = dict(model.named_modules())
+    slots = []
+    for module in named.values():
+        persistent = {name for name, _ in own_persistent_buffers(module)}
+        for key, tensor in own_parameters(module).items():
+            if tensor is not None:
+                slots.append(Slot(ref(module), False, key, first[id(tensor)]))
+        for key, tensor in own_buffers(module).items():
+            if tensor is not None:
+                name = first[id(tensor)] if key in persistent else None
+                slots.append(Slot(ref(module), True, key, name))
+    tables = [table for module in named.values() for table in _tables(module)]
+    values = chain.from_iterable(table.values() for table in tables)
+    return Places(
+        shapes={name: tensor.shape for name, tensor in modules.tensors(model).items()},
+        slots=slots,
+        buffered=[ref(module) for module in named.values() if own_buffers(module)],
+        checkpointing=[
+            (name, ref(module))
+            for name, module in named.items()
+            if hasattr(module, "gradient_checkpointing")
+        ],
+        modules=[ref(module) for module in named.values()],
+        keys=list(chain.from_iterable(tables)),
+        values=[None if value is None else ref(value) for value in values],
+    )
+
+
+def _tables(module: nn.Module) -> Iterator[Table]:
+    yield own_parameters(module)
+    yield own_buffers(module)
+    yield own_modules(module)
+
+
+def _is_current(found: Places) -> bool:
+    """Return whether every module has the tensors and children under the names that it had."""
+    alive = [module() for module in found.modules]
+    if None in alive:
+        return False
+    tables = [table for module in alive for table in _tables(module)]  # type: ignore[arg-type]
+    keys = list(chain.from_iterable(tables))
+    if len(keys) != len(found.keys) or not all(map(is_, keys, found.keys)):
+        return False
+    values = chain.from_iterable(table.values() for table in tables)
+    return all(map(is_, values, [None if value is None else value() for value in found.values]))

@@ -1,0 +1,210 @@
+"""The layout of a state: the only code that knows where a state holds what.
+
+frozen        {name: tensor}, or a TensorDict of the fields of a base that is not dense
+trainable     {name: TensorDict of the fields of the terms that train}, or a plain tensor
+input_dim     {name: the dimension that meets the input}
+fixed         {name: TensorDict of the fields of the terms that do not train}, where there are
+compensation  {name: what rounding took from the residual}, where it is kept
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from rosa_func.weight.dense import Dense
+from rosa_func.weight.low_rank import LowRank
+from rosa_func.weight.parts import Base, Term, Weight, fixed, trainable
+from rosa_func.weight.rounding import compensation_dtype
+
+# A new kind is a file beside these, and an entry here. Terms are folded in this order.
+BASES: list[Any] = [Dense]
+TERMS: list[Any] = [LowRank]
+
+Path = tuple[str, ...]
+_REQUIRED = ("frozen", "trainable", "input_dim")
+
+
+class Parts(NamedTuple):
+    """What a state holds, in its own order.
+
+    Attributes:
+        frozen: adapted weights, and the tensors that do not train.
+        full: the tensors that are trained in full.
+    """
+
+    frozen: dict[str, Weight | Tensor]
+    full: dict[str, Tensor]
+
+    def adapted(self) -> dict[str, Weight]:
+        """Return the adapted weights."""
+        return {name: w for name, w in self.frozen.items() if isinstance(w, Weight)}
+
+
+def read(state: TensorDict) -> Parts:
+    """Read a state, after making sure that no entry is missing and that all fit together.
+
+    Raises:
+        TypeError: if it is not a TensorDict.
+        KeyError: if an entry is missing, or there is one too many (named).
+        ValueError: if shapes do not fit (named).
+    """
+    if not isinstance(state, TensorDictBase):
+        raise TypeError(f"the state is a TensorDict, got {type(state).__name__}")
+    branches: dict[str, dict[str, Any]] = {
+        branch: dict(value.items())  # type: ignore[union-attr]
+        for branch, value in state.items()
+    }
+    if missing := [branch for branch in _REQUIRED if branch not in branches]:
+        raise KeyError(f"the state has no entry {missing[0]!r}; it has {sorted(branches)}")
+    frozen, dims = branches["frozen"], branches["input_dim"]
+    supports, lost = branches.get("fixed", {}), branches.get("compensation", {})
+    full: dict[str, Tensor] = {}
+    adapted: dict[str, Weight] = {}
+    for name, value in branches["trainable"].items():
+        if isinstance(value, Tensor):
+            full[name] = value
+            continue
+        if name not in dims:
+            raise KeyError(f"the state lacks {name} in input_dim")
+        if name not in frozen:
+            raise KeyError(f"the state lacks the frozen residual of {name}")
+        fields = dict(value.items())
+        if name in supports:
+            fields |= dict(supports[name].items())
+        base, terms = _base(name, frozen[name]), _terms(name, fields)
+        adapted[name] = Weight(base, terms, dims[name], lost.get(name))
+        _check_shapes(name, adapted[name])
+    if len(dims) > len(adapted):
+        name = min(dims.keys() - adapted.keys())
+        raise KeyError(f"the state lacks {name} in trainable")
+    if "compensation" in branches:
+        _check_compensation(adapted)
+    for name in supports:
+        if name not in adapted:
+            raise KeyError(f"the state has fixed entries of {name}, which is not adapted")
+    return Parts({**frozen, **adapted}, full)
+
+
+def write(parts: Parts) -> TensorDict:
+    """Put a state together; `read` reverses it."""
+    branches: dict[str, dict[str, Any]] = {branch: {} for branch in _REQUIRED}
+    support: dict[str, Any] = {}
+    compensation: dict[str, Any] = {}
+    for name, value in parts.frozen.items():
+        if not isinstance(value, Weight):
+            branches["frozen"][name] = value
+            continue
+        base: Any = value.base
+        stored = base.R if isinstance(base, Dense) else TensorDict(base._asdict())
+        branches["frozen"][name] = stored
+        branches["input_dim"][name] = value.input_dim
+        for term in value.terms:
+            branches["trainable"].setdefault(name, {}).update(trainable(term))
+            if term.fixed:
+                support.setdefault(name, {}).update(fixed(term))
+        if value.lost is not None:
+            compensation[name] = value.lost
+    branches["trainable"] |= parts.full
+    if support:
+        branches["fixed"] = support
+    if compensation:
+        branches["compensation"] = compensation
+    return TensorDict({branch: TensorDict(values) for branch, values in branches.items()})
+
+
+def leaves(state: TensorDict) -> dict[str, Tensor]:
+    """Return the trainable leaves by name, such as "0.weight.A", as they are."""
+    found: dict[str, Tensor] = {}
+    parts = read(state)
+    for name, w in parts.adapted().items():
+        for term in w.terms:
+            found |= {f"{name}.{field}": value for field, value in trainable(term).items()}
+    return found | parts.full
+
+
+def entries(state: TensorDict) -> dict[Path, Tensor]:
+    """Return every tensor of a state by its path, such as ("trainable", "0.weight", "A")."""
+    found: dict[Path, Tensor] = {}
+    for key in state.keys(include_nested=True, leaves_only=True):
+        tensor: Any = state[key]
+        found[key if isinstance(key, tuple) else (key,)] = tensor
+    return found
+
+
+def from_entries(entries: Mapping[Path, Tensor]) -> TensorDict:
+    """Return the state with these tensors; `entries` reverses it."""
+    nested: dict[str, Any] = {branch: {} for branch in _REQUIRED}
+    for (*parents, last), tensor in entries.items():
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = tensor
+    return TensorDict(nested)
+
+
+def trains(path: Path) -> bool:
+    """Return whether the tensor at that path of a state is one that trains."""
+    return path[0] == "trainable"
+
+
+def paths_of(state: TensorDict, names: Iterable[str]) -> Iterator[Path]:
+    """Yield the paths of all that a state holds of some weights."""
+    chosen = set(names)
+    return (path for path in entries(state) if path[1] in chosen)
+
+
+def _base(name: str, stored: Any) -> Base:
+    if isinstance(stored, Tensor):
+        return Dense(stored)
+    fields = dict(stored.items())
+    for kind in BASES:
+        if set(kind._fields) == fields.keys():
+            base: Base = kind(**fields)
+            return base
+    known = " or ".join(", ".join(kind._fields) for kind in BASES if kind is not Dense)
+    raise KeyError(
+        f"the residual of {name} has the entries {sorted(fields)}, not a tensor"
+        + (f" or {known}" if known else "")
+    )
+
+
+def _terms(name: str, fields: dict[str, Tensor]) -> tuple[Term, ...]:
+    """Return the terms that these fields make up, each field in one of them."""
+    terms, left = [], dict(fields)
+    for kind in TERMS:
+        if any(field in left for field in kind._fields):
+            for field in kind._fields:
+                if field not in left:
+                    what = "factor" if kind is LowRank else "entry"
+                    raise KeyError(f"the state lacks the {what} {field} of {name}")
+            terms.append(kind(*(left.pop(field) for field in kind._fields)))
+    if left or not terms:
+        known = "; ".join(", ".join(kind._fields) for kind in TERMS)
+        raise KeyError(f"{name} has the entries {sorted(fields)}, which are not those of {known}")
+    return tuple(terms)
+
+
+def _check_shapes(name: str, w: Weight) -> None:
+    for term in w.terms:
+        if wrong := term.check(w.shape):
+            raise ValueError(f"{name}: {wrong} its residual's {tuple(w.shape)}")
+    if w.lost is not None and w.lost.numel() and w.lost.shape != w.shape:
+        raise ValueError(
+            f"the compensation of {name} has shape {tuple(w.lost.shape)}, "
+            f"its residual {tuple(w.shape)}"
+        )
+
+
+def _check_compensation(adapted: dict[str, Weight]) -> None:
+    """Refuse a compensation that lacks a weight: it is kept for all of them, or all of 16 bit."""
+    kept = {name: w.lost.dtype for name, w in adapted.items() if w.lost is not None}
+    default = {name: compensation_dtype(w.base.dtype, None) for name, w in adapted.items()}
+    as_default = kept and all(dtype == default[name] for name, dtype in kept.items())
+    expected = [name for name in adapted if default[name]] if as_default else list(adapted)
+    if missing := [name for name in expected if name not in kept]:
+        raise KeyError(
+            f"the state lacks the compensation of {missing[0]} (a state of several dtypes cannot "
+            "be cast by .to(dtype): cast the model, and use init)"
+        )

@@ -1,0 +1,197 @@
+"""What a weight is made of: a frozen base and the terms that train.
+
+A weight is a fold. It starts from its base, and each term maps W to W:
+
+    W = term_k(... term_1(base)),    with one low-rank term: W = R + A B
+
+Bases and terms are NamedTuples of tensors. The names of their fields are the names of their
+entries in a state, so the kind of a part is read from its entries. A new kind is a file of its own
+and a line in `layout.BASES` or `layout.TERMS`; no rule changes.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+
+class Base(Protocol):
+    """How the frozen residual R of a weight is stored. What is optional may be None."""
+
+    @property
+    def _fields(self) -> tuple[str, ...]: ...
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight, as the model computes with it."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weight."""
+
+    def dense(self) -> Tensor:
+        """Return R, in the weight's shape and dtype."""
+
+    def store(self, R: Tensor) -> "tuple[Base, Tensor | None]":
+        """Store another R in this base's way: the base, and what storing took (None: nothing)."""
+
+    @property
+    def apply(self) -> Callable[[Tensor, bool, Tensor | None], Tensor] | None:
+        """(x, flipped, bias) -> x R + bias, or x R^T + bias; None: `dense` is used."""
+
+    @property
+    def select(self) -> "Callable[[Any], Base] | None":
+        """(index) -> the base of R[index]; None: `dense` is used."""
+
+
+class Term(Protocol):
+    """What trains in a weight. All but `check` and `fold` may be None."""
+
+    @property
+    def _fields(self) -> tuple[str, ...]: ...
+    @property
+    def fixed(self) -> frozenset[str]:
+        """The fields that do not train."""
+
+    @property
+    def ndim(self) -> int | None:
+        """Dimensions of the weights to which `apply` can be applied: 2, or more for a batch."""
+
+    def check(self, shape: torch.Size) -> str | None:
+        """Say what does not fit a weight of that shape, None if all does."""
+
+    def fold(self, W: Tensor) -> Tensor:
+        """Return the weight with the term in it: W -> W, for a W of any floating dtype."""
+
+    @property
+    def restarted(self) -> "Callable[[], Term] | None":
+        """() -> the term that changes nothing, for after a merge; None: a sampler draws it."""
+
+    @property
+    def product(self) -> Callable[[], Tensor] | None:
+        """() -> what `fold` adds to W, in W's shape; None if the term is not additive."""
+
+    @property
+    def apply(self) -> Callable[[Tensor, bool, Tensor], Tensor] | None:
+        """(x, flipped, out) -> out + x P, or out + x P^T, P being the product."""
+
+    @property
+    def apply_(self) -> Callable[[Tensor, bool, Tensor], Tensor] | None:
+        """Do what `apply` does, written over `out`; return what `pull` is to be given."""
+
+    @property
+    def pull(self) -> Callable[..., tuple[Tensor | None, ...]] | None:
+        """(x, d, kept, flipped, d_x, needs) -> the gradients of the fields; adds to d_x."""
+
+    @property
+    def rows(self) -> Callable[[Callable[..., Tensor], Tensor], Tensor] | None:
+        """(embedding, indices) -> the rows of the product."""
+
+    @property
+    def convolve(self) -> Callable[..., Tensor] | None:
+        """(convolution, x, shape, *options) -> the convolution with the product."""
+
+    @property
+    def grouped(self) -> Callable[[Callable[..., Tensor], Tensor, bool], Tensor] | None:
+        """(product of groups, x, flipped) -> x P, or x P^T, each group with a matrix of its own."""
+
+    @property
+    def select(self) -> "Callable[[Any], Term] | None":
+        """(index) -> the term of W[index], which is that of its fields at this index."""
+
+
+class Weight(NamedTuple):
+    """One adapted weight.
+
+    Attributes:
+        base: the frozen residual.
+        terms: what trains, in the order in which it is folded in.
+        input_dim: an integer tensor: the dimension that meets the layer's input, 0 or 1, or -2 or
+            -1 in a batch of matrices.
+        lost: what rounding took from the residual, where it is kept. Without elements while
+            nothing was lost; its dtype is that in which it will be kept.
+        flipped: whether this stands for the transpose (of the last two dimensions).
+    """
+
+    base: Base
+    terms: tuple[Term, ...]
+    input_dim: Tensor
+    lost: Tensor | None = None
+    flipped: bool = False
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the weight, not of its transpose."""
+        return self.base.shape
+
+    def is_batch(self) -> bool:
+        """Return whether leading dimensions index matrices, each with factors of its own."""
+        ndim = len(self.base.shape)
+        return ndim > 2 and any(term.ndim == ndim for term in self.terms)
+
+
+def dense(w: Weight) -> Tensor:
+    """Return W, or its transpose where it is flipped, by differentiable operations."""
+    W = w.base.dense()
+    for term in w.terms:
+        W = term.fold(W)
+    return W.mT if w.flipped else W
+
+
+def trainable(term: Term) -> dict[str, Tensor]:
+    """Return the fields of a term that train."""
+    return {field: getattr(term, field) for field in term._fields if field not in term.fixed}
+
+
+def fixed(term: Term) -> dict[str, Tensor]:
+    """Return the fields of a term that do not train."""
+    return {field: getattr(term, field) for field in term._fields if field in term.fixed}
+
+
+Part = TypeVar("Part")  # a base or a term
+
+
+def mapped(part: Part, function: Callable[[Tensor], Tensor], fields: Iterable[str]) -> Part:
+    """Return the part with a function applied to some of its fields."""
+    given: Any = part
+    changed = {field: function(getattr(given, field)) for field in fields}
+    result: Part = given._replace(**changed)
+    return result
+
+
+def unbound(w: Weight) -> list[Weight]:
+    """Return the weights of the matrices of a batch.
+
+    The fields are taken apart at once, so that their gradients are put together at once.
+    """
+    each = [
+        [type(term)._make(fields) for fields in zip(*(f.unbind(0) for f in term), strict=True)]  # type: ignore[attr-defined]
+        for term in w.terms
+    ]
+    return [
+        w._replace(base=w.base.select(place), terms=terms)  # type: ignore[misc]
+        for place, terms in enumerate(zip(*each, strict=True))
+    ]
+
+
+def cast(term: Term, dtype: torch.dtype) -> Term:
+    """Return the term with what trains in that dtype."""
+    return mapped(term, lambda field: field.to(dtype), trainable(term))
+
+
+def tensors(w: Weight) -> list[Tensor]:
+    """Return the tensors that a product with the weight reads; see `rebuilt`."""
+    parts: tuple[Any, ...] = (w.base, *w.terms)
+    return [field for part in parts for field in part]
+
+
+def rebuilt(w: Weight, values: Iterable[Tensor]) -> Weight:
+    """Return the weight with other tensors in the place of `tensors(w)`."""
+    rest = iter(values)
+    parts: tuple[Any, ...] = (w.base, *w.terms)
+    base, *terms = (type(part)(*(next(rest) for _ in part._fields)) for part in parts)
+    return w._replace(base=base, terms=tuple(terms))

@@ -1,0 +1,114 @@
+"""Products with a weight that is not formed: x W = x R + (x A) B."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rosa_func._torch import is_autocast, is_eager
+from rosa_func.weight.parts import Weight, rebuilt, tensors
+
+
+def right(x: Tensor, w: Weight, bias: Tensor | None = None) -> Tensor:
+    """Return x W + bias, W being a matrix and x having any number of rows.
+
+    Raises NotImplementedError where a part can only be folded in.
+    """
+    if len(w.base.shape) != 2 or not _can_apply(w):
+        raise NotImplementedError
+    rows = x.reshape(-1, x.shape[-1])
+    if not _is_plain(rows) or (bias is not None and bias.ndim != 1):
+        out = _sum(rows, w, bias)
+    elif not torch.is_grad_enabled():
+        out = _sum_in_place(rows, w, bias)[0]
+    elif not all(term.pull for term in w.terms) or any(t.requires_grad for t in _base(w)):
+        out = _sum(rows, w, bias)
+    else:
+        out = _InPlace.apply(w, bias, rows, *tensors(w))  # type: ignore[no-untyped-call]
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def batched(x: Tensor, w: Weight) -> Tensor:
+    """Return x[e] W[e] for each matrix of a batch; raises as `right`."""
+    if not w.is_batch() or not _can_apply(w):
+        raise NotImplementedError
+    return _sum(x, w, None)
+
+
+def grouped(product: Callable[..., Tensor], x: Tensor, w: Weight) -> Tensor:
+    """Return x W[e] for the rows x of each group e, by a product of groups; raises as `right`."""
+    if not w.is_batch() or w.base.select is None or not all(term.grouped for term in w.terms):
+        raise NotImplementedError
+    R = w.base.dense()
+    out = product(x, R.mT if w.flipped else R)
+    for term in w.terms:
+        more = term.grouped(product, x, w.flipped)  # type: ignore[misc]
+        out = out.add_(more) if is_eager() else out + more
+    return out
+
+
+def _can_apply(w: Weight) -> bool:
+    ndim = len(w.base.shape)
+    return w.base.apply is not None and all(
+        term.ndim == ndim and term.apply is not None for term in w.terms
+    )
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Return False inside a compiler, a transform, forward derivatives or autocast."""
+    return is_eager() and not is_autocast(x.device)
+
+
+def _base(w: Weight) -> tuple[Tensor, ...]:
+    return tuple(w.base)  # type: ignore[arg-type]
+
+
+def _sum(x: Tensor, w: Weight, bias: Tensor | None) -> Tensor:
+    out = w.base.apply(x, w.flipped, bias)  # type: ignore[misc]
+    for term in w.terms:
+        out = term.apply(x, w.flipped, out)  # type: ignore[misc]
+    return out
+
+
+def _sum_in_place(x: Tensor, w: Weight, bias: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    out, kept = w.base.apply(x, w.flipped, bias), []  # type: ignore[misc]
+    for term in w.terms:
+        if term.apply_ is None:
+            out = term.apply(x, w.flipped, out)  # type: ignore[misc]
+        else:
+            kept.append(term.apply_(x, w.flipped, out))
+    return out, kept
+
+
+class _InPlace(torch.autograd.Function):
+    """The sum of a base's and its terms' products, each added in place.
+
+    That saves passes over memory. Neither a transform of torch.func nor autocast can go through
+    it. The weight is given twice: as a whole, and as its tensors, which autograd can see.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, w: Weight, bias: Tensor | None, x: Tensor, *values: Tensor) -> Tensor:
+        out, kept = _sum_in_place(x, w, bias)
+        ctx.weight = w
+        ctx.save_for_backward(x, *values, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        _, needs_bias, needs_x, *needs = ctx.needs_input_grad
+        x, *saved = ctx.saved_tensors
+        w = rebuilt(ctx.weight, saved)
+        kept = saved[len(needs) :]
+        d_x = w.base.apply(d, not w.flipped, None) if needs_x else None  # type: ignore[misc]
+        place = len(_base(w))
+        gradients: list[Tensor | None] = [None] * place
+        for term, inner in zip(w.terms, kept, strict=True):
+            end = place + len(term._fields)
+            # A second derivative goes through what was kept as well: it is computed again then.
+            inner = None if torch.is_grad_enabled() else inner
+            needed = tuple(needs[place:end])
+            gradients += term.pull(x, d, inner, w.flipped, d_x, needed)  # type: ignore[misc]
+            place = end
+        return None, d.sum(0) if needs_bias else None, d_x, *gradients
