@@ -93,7 +93,7 @@ def digest(state: TensorDict | Mapping[str, Tensor]) -> str:
         False
     """
     named: dict[Any, Tensor] = dict(
-        layout.entries(state) if isinstance(state, TensorDictBase) else state  # type: ignore[arg-type]
+        layout.entries(state) if isinstance(state, TensorDictBase) else state
     )
     return nested.digest({}, {str(name): tensor for name, tensor in named.items()})
 
