@@ -243,7 +243,7 @@ def _getitem(func: Any, w: Any, index: Any) -> Any:
         return NotImplemented
     if weight.base.select is None or not all(term.select for term in weight.terms):
         return NotImplemented
-    if weight.base.dense().ndim == 3 and (not isinstance(index, Tensor) or _is_place(index)):
+    if len(weight.base.shape) == 3 and (not isinstance(index, Tensor) or _is_place(index)):
         if not hasattr(w, "matrices"):
             w.matrices = [_standing_for(each) for each in unbound(weight)]
         return w.matrices[int(index)]

@@ -72,8 +72,8 @@ class Term(Protocol):
         """() -> the term that changes nothing, for after a merge; None: a sampler draws it."""
 
     @property
-    def product(self) -> Callable[[], Tensor] | None:
-        """() -> what `fold` adds to W, in W's shape; None if the term is not additive."""
+    def product(self) -> Callable[[torch.Size], Tensor] | None:
+        """(shape of W) -> what `fold` adds to W; None if the term is not additive."""
 
     @property
     def apply(self) -> Callable[[Tensor, bool, Tensor], Tensor] | None:
