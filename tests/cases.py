@@ -203,6 +203,9 @@ class Parts(NamedTuple):
             weights[name] = w._replace(base=base, terms=(factors, *more), lost=lost)
         return write(parts._replace(frozen=parts.frozen | weights))
 
+    def __str__(self) -> str:
+        return f"{self.base}, {self.terms}"
+
 
 ANY_PARTS = st.builds(Parts, st.sampled_from(list(BASES)), st.sampled_from(list(TERMS)))
 ALL_PARTS = [Parts(base, terms) for base in BASES for terms in TERMS]

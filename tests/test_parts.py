@@ -11,17 +11,22 @@ from torch.func import functional_call, grad, grad_and_value, jvp, vmap
 from transformers.pytorch_utils import Conv1D
 
 import rosa_func
-from cases import ALL_PARTS, Parts
+from cases import ALL_PARTS, BASES, Parts
 from models import seeded
 from references import dense_weights, model_snapshot, perturbed, relative_distance, state_bytes
 from rosa_func import checkpoint
 from rosa_func.module import RosaModule
+from rosa_func.weight import layout
+from rosa_func.weight.dense import Dense
 from rosa_func.weight.layout import entries, leaves
+from rosa_func.weight.low_rank import LowRank
 
-pytestmark = [
-    pytest.mark.usefixtures("toys"),
-    pytest.mark.parametrize("parts", ALL_PARTS, ids=lambda parts: f"{parts.base}, {parts.terms}"),
-]
+pytestmark = pytest.mark.usefixtures("toys")
+
+
+def over(parts: list[Parts]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("parts", parts, ids=str)
+
 
 IDS = torch.tensor([[1, 0, 8, 3], [2, 2, 1, 5], [0, 1, 2, 3]])
 NAMES = ["0.weight", "1.weight", "3.weight"]
@@ -71,6 +76,7 @@ def assert_close(gradients: TensorDict, expected: dict[Any, Tensor]) -> None:
         assert relative_distance(found[path], value) <= TOLERANCE, path
 
 
+@over(ALL_PARTS)
 def test_every_way_to_compute_with_a_state_gives_the_same(parts: Parts):
     model, state = make_model(), trained_state(parts)
     before = model_snapshot(model)
@@ -90,6 +96,7 @@ def test_every_way_to_compute_with_a_state_gives_the_same(parts: Parts):
     assert model_snapshot(model) == before
 
 
+@over(ALL_PARTS)
 def test_a_resample_keeps_the_function_and_starts_the_terms_anew(parts: Parts):
     model, state = make_model(), trained_state(parts, exact=True)
     new = rosa_func.resample(state, 1, r=3)
@@ -105,6 +112,7 @@ def test_a_resample_keeps_the_function_and_starts_the_terms_anew(parts: Parts):
             assert torch.equal(new["fixed", name, "support"], state["fixed", name, "support"])
 
 
+@over(ALL_PARTS)
 def test_leaves_are_named_counted_and_grouped(parts: Parts):
     state = trained_state(parts)
     fields = ["A", "B", *FIELDS[parts.terms]]
@@ -125,6 +133,7 @@ def test_leaves_are_named_counted_and_grouped(parts: Parts):
 @pytest.mark.parametrize(
     "moments, fraction", [("reset", None), ("project", None), ("keep", None), ("prune", 0.5)]
 )
+@over(ALL_PARTS)
 def test_an_optimizer_is_rebound(parts: Parts, moments: str, fraction: float | None):
     model, state = make_model(), trained_state(parts)
     optimizer = torch.optim.AdamW(rosa_func.parameters(state), 1e-2)
@@ -155,6 +164,7 @@ def test_an_optimizer_is_rebound(parts: Parts, moments: str, fraction: float | N
     assert not any(torch.equal(start[name], leaf) for name, leaf in leaves(new).items())
 
 
+@over(ALL_PARTS)
 def test_a_state_is_saved_and_loaded_bit_for_bit(parts: Parts, tmp_path: Path):
     state = trained_state(parts, exact=True)
     checkpoint.save(tmp_path / "run.safetensors", state, step=3)
@@ -166,6 +176,7 @@ def test_a_state_is_saved_and_loaded_bit_for_bit(parts: Parts, tmp_path: Path):
     assert state_bytes(rosa_func.distributed.resample(state, 1)) == state_bytes(expected)
 
 
+@over(ALL_PARTS)
 def test_a_change_gives_the_merged_weights_back(parts: Parts):
     model, state = make_model(), trained_state(parts)
     change = checkpoint.delta(state, model)
@@ -174,6 +185,7 @@ def test_a_change_gives_the_merged_weights_back(parts: Parts):
         assert relative_distance(weights[name], merged) <= 1e-6
 
 
+@over(ALL_PARTS)
 def test_a_rosa_module_computes_trains_and_resamples(parts: Parts):
     model, state = make_model(), trained_state(parts)
     module, bits = RosaModule(model, state), state_bytes(state)
@@ -196,6 +208,7 @@ def test_a_rosa_module_computes_trains_and_resamples(parts: Parts):
     assert state_bytes(state) == bits
 
 
+@over(ALL_PARTS)
 def test_gradients_by_transforms_are_those_of_the_dense_weights(parts: Parts):
     state = trained_state(parts)
     gradients, value = grad_and_value(loss_with(state))(state["trainable"])
@@ -204,6 +217,7 @@ def test_gradients_by_transforms_are_those_of_the_dense_weights(parts: Parts):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@over(ALL_PARTS)
 def test_vmap_of_gradients_over_states_and_over_samples(parts: Parts):
     state = trained_state(parts)
     trained = [perturbed(state, seed=seed)["trainable"] for seed in range(3)]
@@ -216,6 +230,7 @@ def test_vmap_of_gradients_over_states_and_over_samples(parts: Parts):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@over(ALL_PARTS)
 def test_jvp_is_the_slope_along_a_tangent(parts: Parts):
     state = trained_state(parts)
     tangent = state["trainable"].apply(torch.ones_like)
@@ -224,6 +239,7 @@ def test_jvp_is_the_slope_along_a_tangent(parts: Parts):
     assert relative_distance(slope, expected) <= 10 * TOLERANCE
 
 
+@over([Parts(base, "scaled and sparse") for base in BASES])
 def test_gradients_compile_as_one_whole_graph(parts: Parts):
     torch.compiler.reset()
     state = trained_state(parts)
@@ -232,3 +248,12 @@ def test_gradients_compile_as_one_whole_graph(parts: Parts):
         new = state.replace({"trainable": perturbed(state, seed=seed)["trainable"]})
         assert_close(step(new["trainable"], IDS), reference_gradients(new))
     torch.compiler.reset()
+
+
+@over([Parts("int8"), Parts(terms="scaled")])
+def test_a_part_that_is_not_registered_is_named(parts: Parts, monkeypatch: pytest.MonkeyPatch):
+    state = trained_state(parts)
+    monkeypatch.setattr(layout, "BASES", [Dense])
+    monkeypatch.setattr(layout, "TERMS", [LowRank])
+    with pytest.raises(KeyError, match=r"0\.weight has the entries .*'scales?'"):
+        rosa_func.merge(state)

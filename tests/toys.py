@@ -93,7 +93,7 @@ class Sparse(NamedTuple):
         return cls(torch.zeros(len(support), dtype=factor_dtype(W.dtype)), support)
 
     def check(self, shape: torch.Size) -> str | None:
-        if self.values.shape == self.support.shape and self.support.max() < shape.numel():
+        if self.values.shape == self.support.shape:
             return None
         return f"{len(self.values)} values at {len(self.support)} places do not fit"
 

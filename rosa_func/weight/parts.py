@@ -62,7 +62,10 @@ class Term(Protocol):
         """Dimensions of the weights to which `apply` can be applied: 2, or more for a batch."""
 
     def check(self, shape: torch.Size) -> str | None:
-        """Say what does not fit a weight of that shape, None if all does."""
+        """Say what does not fit a weight of that shape, None if all does.
+
+        It is asked at every call, by a compiler too: look at shapes, not at values.
+        """
 
     def fold(self, W: Tensor) -> Tensor:
         """Return the weight with the term in it: W -> W, for a W of any floating dtype."""
