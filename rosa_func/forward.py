@@ -14,7 +14,8 @@ from torch.func import functional_call
 from rosa_func import modules
 from rosa_func._torch import own_buffers, own_parameters
 from rosa_func.places import Swapped, places, swapped
-from rosa_func.weight import Parts, Weight, composed, read
+from rosa_func.weight import Parts, Weight, read
+from rosa_func.weight.composed import composed
 
 # The swaps under which a checkpointed segment runs, the innermost last.
 _bound: ContextVar[tuple[Swapped, ...]] = ContextVar("bound", default=())

@@ -16,7 +16,8 @@ import rosa_func
 from cases import ANY_PARTS, ANY_SAMPLER, DTYPES, WEIGHT_USES, Parts, WeightUse
 from models import randn, seeded, tiny_gpt2, token_ids
 from references import dense_weights, model_snapshot, perturbed, relative_distance
-from rosa_func.weight import Composed, Weight, composed
+from rosa_func.weight import Composed, Weight
+from rosa_func.weight.composed import composed
 from rosa_func.weight.dense import Dense
 from rosa_func.weight.low_rank import LowRank
 
