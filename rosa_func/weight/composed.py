@@ -124,7 +124,7 @@ def _formed(value: Any, func: Callable[..., Any]) -> Any:
     if not isinstance(value, Composed):
         return value
     w = value.weight
-    if w.is_batch():
+    if w.is_batch() and not torch.compiler.is_compiling():  # a warning would break the graph
         warnings.warn(
             f"{getattr(func, '__name__', func)} forms a batch of {tuple(w.shape)} weights, since "
             "it has no rule by which factors are applied: that is right, and slow",
