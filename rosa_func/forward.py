@@ -14,8 +14,7 @@ from torch.func import functional_call
 from rosa_func import modules
 from rosa_func._torch import own_buffers, own_parameters
 from rosa_func.places import Swapped, places, swapped
-from rosa_func.weight import Parts, Weight, read
-from rosa_func.weight.composed import composed
+from rosa_func.weight import Parts, all_composed, read
 
 # The swaps under which a checkpointed segment runs, the innermost last.
 _bound: ContextVar[tuple[Swapped, ...]] = ContextVar("bound", default=())
@@ -160,11 +159,7 @@ def check_fit(model: nn.Module, state: TensorDict) -> dict[str, str]:
 
 
 def _composed(parts: Parts) -> dict[str, Tensor]:
-    weights = {
-        name: composed(value) if isinstance(value, Weight) else value
-        for name, value in parts.frozen.items()
-    }
-    return weights | parts.full
+    return {**parts.frozen, **all_composed(parts.adapted()), **parts.full}  # type: ignore[dict-item]
 
 
 def _shapes(parts: Parts) -> dict[str, torch.Size]:

@@ -1,6 +1,7 @@
 """Which weights are adapted, which are trained in full, and at what rank."""
 
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -24,6 +25,8 @@ from rosa_func.patterns import (
 from rosa_func.weight import rounding
 
 Predicate = Callable[[str, nn.Module], bool]
+_ROUTER = re.compile("Router|TopKGating")
+
 Targets = str | Iterable[str] | Predicate | None
 
 
@@ -175,7 +178,12 @@ def _adapted(parameters: dict[str, Parameter], targets: Targets) -> list[str]:
             chosen.update(found)
         if not chosen:
             raise ValueError("targets is empty: name at least one weight, or pass None")
-    return [name for name, p in parameters.items() if name in chosen and p.value.ndim >= 2]
+    return [name for name, p in parameters.items() if name in chosen and _is_matrix(name, p)]
+
+
+def _is_matrix(name: str, parameter: Parameter) -> bool:
+    """Return whether it can be factored; the biases of all experts of a layer are no matrix."""
+    return parameter.value.ndim >= 2 and not name.endswith("bias")
 
 
 def _with_plain_names(parameter: Parameter) -> Parameter:
@@ -188,17 +196,18 @@ def _default(
     model: nn.Module, named: dict[str, Parameter], backbone: list[str], full: list[str]
 ) -> list[str]:
     """Return the weights of linear layers and the experts of the backbone, less those in full."""
-    rest = [name for name in backbone if name not in set(full)]
+    left = set(full) | _routers(model, named)
+    rest = [name for name in backbone if name not in left]
     adapted = [name for name in rest if _is_linear(named[name], name) or _is_experts(named[name])]
     if not adapted and not full:
         raise ValueError(
             f"{type(model).__name__} has no nn.Linear or Conv1D weight to adapt; "
             "name the weights with targets=..."
         )
-    left = [name for name in rest if name not in set(adapted) and _is_left_out(named[name], name)]
-    if left:
+    others = [name for name in rest if name not in set(adapted) and _is_left_out(named[name], name)]
+    if others:
         warnings.warn(
-            f"{some(left)} of the backbone: frozen, since the default targets are the weights of "
+            f"{some(others)} of the backbone: frozen, since the default targets are the weights of "
             "nn.Linear and Conv1D and of experts; name them in targets to adapt them, or pass "
             "targets=... without them",
             stacklevel=4,
@@ -218,6 +227,19 @@ def _is_experts(parameter: Parameter) -> bool:
     return parameter.value.ndim == 3 and "Experts" in type(owner).__name__
 
 
+def _routers(model: nn.Module, named: dict[str, Parameter]) -> set[str]:
+    """Return the parameters that choose experts, by the names of transformers' modules."""
+    found: set[int] = set()
+    for name, module in model.named_modules():
+        children = dict(module.named_children())
+        if _ROUTER.search(type(module).__name__) or "router" in name.rpartition(".")[2]:
+            found |= {id(p) for p in module.parameters()}
+        elif any("expert" in child for child in children):
+            gates = (c for name, c in children.items() if name == "gate" or name.endswith("_gate"))
+            found |= {id(p) for gate in gates for p in gate.parameters()}
+    return {name for name, parameter in named.items() if id(parameter.value) in found}
+
+
 def _is_left_out(parameter: Parameter, name: str) -> bool:
     """Return whether it looks like a matrix that a linear layer multiplies with, by its module.
 
@@ -230,7 +252,7 @@ def _is_left_out(parameter: Parameter, name: str) -> bool:
         len(shape) >= 2
         and min(shape[-2:]) > 1
         and not any(isinstance(owner, known) for owner in parameter.owners)
-        and not any(word in words for word in ("embed", "bias", "router", "gate", "position"))
+        and not any(word in words for word in ("embed", "bias", "position"))
     )
 
 
@@ -246,7 +268,7 @@ def _refuse_peft(model: nn.Module) -> None:
 
 def _refuse_vectors(who: str, found: Iterable[str], parameters: dict[str, Parameter]) -> None:
     found = list(found)
-    if all(parameters[name].value.ndim < 2 for name in found):
+    if not any(_is_matrix(name, parameters[name]) for name in found):
         shapes = some([f"{name} of shape {tuple(parameters[name].value.shape)}" for name in found])
         raise ValueError(
             f"{who} matches only {shapes}: a weight needs two dimensions to be factored; "

@@ -8,12 +8,22 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     RobertaConfig,
     RobertaForMaskedLM,
     T5Config,
@@ -161,3 +171,72 @@ def stock_model(
         model.set_attn_implementation(attention)
     args = tuple(x.to(dtype) if x.is_floating_point() else x for x in args)
     return ModelCall(model, args, kwargs)
+
+
+# Mixtures of experts. All widths are multiples of 8, since a grouped product wants rows of a
+# multiple of 16 bytes, also in 16 bits.
+_MOE: Any = {
+    **_ENCODER,
+    **_SPECIAL,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8,
+    "num_experts_per_tok": 2,
+}
+
+
+def _mixtral(**options: Any) -> nn.Module:
+    return MixtralForCausalLM(MixtralConfig(**_MOE, num_local_experts=4, **options))
+
+
+def _qwen2_moe(**options: Any) -> nn.Module:
+    # Every layer has experts and a shared expert, whose gate is an nn.Linear of one output.
+    shape: Any = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 40}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**_MOE, **shape, num_experts=4, **options))
+
+
+def _qwen3_moe(**options: Any) -> nn.Module:
+    # Heads of 8 dimensions instead of hidden_size / heads: q is 32 x 16.
+    shape: Any = {"moe_intermediate_size": 32, "head_dim": 8}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_MOE, **shape, num_experts=4, **options))
+
+
+def _deepseek_v3(**options: Any) -> nn.Module:
+    # The first layer is dense; the second has 4 experts in 2 groups and a shared expert.
+    shape: Any = {"moe_intermediate_size": 32, "n_routed_experts": 4, "n_shared_experts": 1}
+    shape |= {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 2}
+    shape |= {"q_lora_rank": 8, "kv_lora_rank": 8}
+    shape |= {"qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+    config = {**_MOE, "num_key_value_heads": 4, **shape, **options}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**config))
+
+
+def _gpt_oss(**options: Any) -> nn.Module:
+    # Experts of (in, out), with biases; the first layer attends to a window, the second to all.
+    shape: Any = {"head_dim": 4, "sliding_window": 4, "pad_token_id": None}
+    shape |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    config = {**_MOE, "num_local_experts": 4, **shape, **options}
+    return GptOssForCausalLM(GptOssConfig(**config))
+
+
+# Each takes further entries of its configuration.
+MOE_BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "mixtral": _mixtral,
+    "qwen2-moe": _qwen2_moe,
+    "qwen3-moe": _qwen3_moe,
+    "deepseek-v3": _deepseek_v3,
+    "gpt-oss": _gpt_oss,
+}
+MOE_NAMES = list(MOE_BUILDERS)
+
+
+def stock_moe(
+    name: str, implementation: str = "grouped_mm", dtype: torch.dtype = torch.float32
+) -> ModelCall:
+    """Build the stock mixture of experts of that name in eval mode, with one call's arguments.
+
+    implementation is "eager", "batched_mm" or "grouped_mm" (the default of transformers, which
+    has no float64 and no forward derivative).
+    """
+    options = {"experts_implementation": implementation}
+    model = seeded(lambda: MOE_BUILDERS[name](**options)).to(dtype).eval()
+    return ModelCall(model, (_ids,), {"use_cache": False})

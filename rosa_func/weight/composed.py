@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -65,14 +65,32 @@ def composed(w: Weight) -> Composed:
 
     What trains takes the residual's dtype.
     """
-    w = w._replace(terms=tuple(cast(term, w.base.dtype) for term in w.terms))
-    return _standing_for(w)
+    return all_composed({"": w})[""]
 
 
-def _standing_for(w: Weight) -> Composed:
+def all_composed(weights: Mapping[str, Weight]) -> dict[str, Composed]:
+    """Return `composed` of each; those of one shape share what they look like."""
+    looks: Looks = {}
+    found = {}
+    for name, w in weights.items():
+        terms = tuple(cast(term, w.base.dtype) for term in w.terms)
+        found[name] = _standing_for(Weight(w.base, terms, w.input_dim), looks)
+    return found
+
+
+# What a weight looks like from outside, by shape, dtype and device.
+Looks = dict[tuple[torch.Size, torch.dtype, torch.device], Tensor]
+
+
+def _standing_for(w: Weight, looks: Looks) -> Composed:
     values = tensors(w)
-    trained = torch.is_grad_enabled() and any(t.requires_grad for t in values)
-    seen = _Outside.apply(w, *values) if trained and is_eager() else _nothing_like(w)  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() and is_eager() and any(t.requires_grad for t in values):
+        seen = _Outside.apply(w, *values)  # type: ignore[no-untyped-call]
+    else:
+        key = w.shape, w.base.dtype, w.base.device
+        if key not in looks:
+            looks[key] = _nothing_like(w)
+        seen = looks[key].mT if w.flipped else looks[key]
     stand_in: Composed = seen.as_subclass(Composed)
     stand_in.weight = w
     return stand_in
@@ -80,9 +98,7 @@ def _standing_for(w: Weight) -> Composed:
 
 def _nothing_like(w: Weight) -> Tensor:
     """Return NaN of the weight's shape, without its memory: no code may take R for the weight."""
-    R = tensors(w)[0]
-    shape = w.shape if not w.flipped else (*w.shape[:-2], w.shape[-1], w.shape[-2])
-    return R.new_full((), math.nan, dtype=w.base.dtype).expand(shape)
+    return tensors(w)[0].new_full((), math.nan, dtype=w.base.dtype).expand(w.shape)
 
 
 class _Outside(torch.autograd.Function):
@@ -96,7 +112,7 @@ class _Outside(torch.autograd.Function):
     def forward(ctx: Any, w: Weight, *values: Tensor) -> Tensor:
         ctx.weight = w
         ctx.save_for_backward(*values)
-        return _nothing_like(w)
+        return _nothing_like(w).mT if w.flipped else _nothing_like(w)
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
@@ -139,29 +155,31 @@ def _is_weight(w: Any, *others: Any) -> bool:
 
 
 def _linear(func: Any, x: Any, w: Any, bias: Any = None) -> Any:
-    if not _is_weight(w, x, bias):
+    if isinstance(x, Composed) or isinstance(bias, Composed):
         return NotImplemented
-    return product.right(x, _flipped(w.weight), bias)
+    return product.right(x, w.weight, bias, flipped=not w.weight.flipped)
 
 
 def _addmm(func: Any, bias: Any, x: Any, w: Any) -> Any:
     if not _is_weight(w, x, bias):
         return NotImplemented
-    return product.right(x, w.weight, bias)
+    return product.right(x, w.weight, bias, flipped=w.weight.flipped)
 
 
 def _matmul(func: Any, left: Any, right: Any) -> Any:
     if _is_weight(right, left):
-        if right.ndim > 2:
-            return product.batched(left, right.weight) if left.ndim > 1 else NotImplemented
-        return product.right(left, right.weight)
+        w = right.weight
+        if right.ndim == 2:
+            return product.right(left, w, flipped=w.flipped)
+        return product.batched(left, w, flipped=w.flipped) if left.ndim > 1 else NotImplemented
     if _is_weight(left, right):  # W x = (x^T W^T)^T
-        flipped = _flipped(left.weight)
+        w = left.weight
         if left.ndim > 2:
-            return product.batched(right.mT, flipped).mT if right.ndim > 1 else NotImplemented
+            flipped = not w.flipped
+            return product.batched(right.mT, w, flipped).mT if right.ndim > 1 else NotImplemented
         if right.ndim == 1:
-            return product.right(right, flipped)
-        return product.right(right.mT, flipped).mT
+            return product.right(right, w, flipped=not w.flipped)
+        return product.right(right.mT, w, flipped=not w.flipped).mT
     return NotImplemented
 
 
@@ -231,7 +249,7 @@ def _transpose(func: Any, w: Any, *dims: Any, **named: Any) -> Any:
     swaps_last_two = not dims or {dim % ndim for dim in dims} == {ndim - 2, ndim - 1}
     # Without dimensions, only mT is about the last two of more than two.
     is_known = ndim == 2 or (w.weight.is_batch() and (dims or func == _getter("mT")))
-    return _standing_for(_flipped(w.weight)) if is_known and swaps_last_two else NotImplemented
+    return _standing_for(_flipped(w.weight), {}) if is_known and swaps_last_two else NotImplemented
 
 
 def _getitem(func: Any, w: Any, index: Any) -> Any:
@@ -245,11 +263,12 @@ def _getitem(func: Any, w: Any, index: Any) -> Any:
         return NotImplemented
     if len(weight.base.shape) == 3 and (not isinstance(index, Tensor) or _is_place(index)):
         if not hasattr(w, "matrices"):
-            w.matrices = [_standing_for(each) for each in unbound(weight)]
+            looks: Looks = {}
+            w.matrices = [_standing_for(each, looks) for each in unbound(weight)]
         return w.matrices[int(index)]
     base = weight.base.select(index)
     terms = tuple(term.select(index) for term in weight.terms)
-    return _standing_for(weight._replace(base=base, terms=terms))
+    return _standing_for(weight._replace(base=base, terms=terms), {})
 
 
 def _is_place(index: Tensor) -> bool:
@@ -313,12 +332,12 @@ _OPTIONS = {
     *("dim0", "dim1", "offs", "out_dtype"),
 }
 
-# What can be answered without the weight's values.
+# What can be answered without the weight's values. Strides are those of what a compiler can see.
 _METADATA = {
     *map(_getter, ("shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes")),
     *map(_getter, ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized")),
     *(getattr(Tensor, name) for name in ("size", "dim", "numel", "nelement", "ndimension")),
     *(getattr(Tensor, name) for name in ("is_floating_point", "is_complex", "element_size")),
-    *(getattr(Tensor, name) for name in ("get_device", "data_ptr", "__len__")),
+    *(getattr(Tensor, name) for name in ("get_device", "data_ptr", "__len__", "stride")),
     *(torch.is_floating_point, torch.is_complex, torch.numel),
 }

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -37,10 +38,12 @@ class Dense(NamedTuple):
 
     def apply(self, x: Tensor, flipped: bool, bias: Tensor | None) -> Tensor:
         """Return x R + bias, or x R^T + bias, for rows x or a batch of them."""
-        R = self.R.mT if flipped else self.R
-        if bias is None or R.ndim > 2:
-            return x @ R if bias is None else x @ R + bias
-        return torch.addmm(bias, x, R)
+        if self.R.ndim > 2:
+            out = x @ (self.R.mT if flipped else self.R)
+            return out if bias is None else out + bias
+        if flipped:
+            return F.linear(x, self.R, bias)
+        return x @ self.R if bias is None else torch.addmm(bias, x, self.R)
 
     def select(self, index: Any) -> "Dense":
         """Return the base of R[index]."""

@@ -48,6 +48,8 @@ class LowRank(NamedTuple):
     def check(self, shape: torch.Size) -> str | None:
         """Say so if the factors do not multiply to a weight of that shape."""
         A, B = self.A.shape, self.B.shape
+        if len(A) == 2 and A[1] == B[0] and (A[0], B[1]) == shape:
+            return None  # as it mostly is
         rest = math.prod(shape[len(A) - 1 :])
         fits = len(A) == len(B) <= len(shape) and A[-1] == B[-2] and A[:-2] == B[:-2]
         if fits and (*A[:-1], B[-1]) == (*shape[: len(A) - 1], rest):
@@ -92,9 +94,12 @@ class LowRank(NamedTuple):
 
     def apply_(self, x: Tensor, flipped: bool, out: Tensor) -> Tensor:
         """Add (x A) B to out, in place, which saves a pass over memory; return x A."""
-        A, B = self.sides(flipped)
-        inner = x @ A
-        out.addmm_(inner, B)
+        if flipped:
+            inner = F.linear(x, self.B)
+            out.addmm_(inner, self.A.t())
+        else:
+            inner = x @ self.A
+            out.addmm_(inner, self.B)
         return inner
 
     def pull(

@@ -183,7 +183,8 @@ def unbound(w: Weight) -> list[Weight]:
 
 def cast(term: Term, dtype: torch.dtype) -> Term:
     """Return the term with what trains in that dtype."""
-    return mapped(term, lambda field: field.to(dtype), trainable(term))
+    others = [field for field, value in trainable(term).items() if value.dtype != dtype]
+    return mapped(term, lambda field: field.to(dtype), others) if others else term
 
 
 def tensors(w: Weight) -> list[Tensor]:

@@ -10,30 +10,30 @@ from rosa_func._torch import is_autocast, is_eager
 from rosa_func.weight.parts import Weight, rebuilt, tensors
 
 
-def right(x: Tensor, w: Weight, bias: Tensor | None = None) -> Tensor:
-    """Return x W + bias, W being a matrix and x having any number of rows.
+def right(x: Tensor, w: Weight, bias: Tensor | None = None, *, flipped: bool) -> Tensor:
+    """Return x W + bias, or x W^T + bias, W being a matrix and x having any number of rows.
 
     Raises NotImplementedError where a part can only be folded in.
     """
-    if len(w.base.shape) != 2 or not _can_apply(w):
+    if not _can_apply(w, 2):
         raise NotImplementedError
     rows = x.reshape(-1, x.shape[-1])
-    if not _is_plain(rows) or (bias is not None and bias.ndim != 1):
-        out = _sum(rows, w, bias)
+    if not is_eager() or is_autocast(x.device) or (bias is not None and bias.ndim != 1):
+        out = _sum(rows, w, bias, flipped)
     elif not torch.is_grad_enabled():
-        out = _sum_in_place(rows, w, bias)[0]
-    elif not all(term.pull for term in w.terms) or any(t.requires_grad for t in _base(w)):
-        out = _sum(rows, w, bias)
+        out = _sum_in_place(rows, w, bias, flipped)[0]
+    elif any(t.requires_grad for t in _base(w)) or not all(term.pull for term in w.terms):
+        out = _sum(rows, w, bias, flipped)
     else:
-        out = _InPlace.apply(w, bias, rows, *tensors(w))  # type: ignore[no-untyped-call]
-    return out.view(*x.shape[:-1], out.shape[-1])
+        out = _InPlace.apply(w, flipped, bias, rows, *tensors(w))  # type: ignore[no-untyped-call]
+    return out if x.ndim == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
 
-def batched(x: Tensor, w: Weight) -> Tensor:
+def batched(x: Tensor, w: Weight, flipped: bool) -> Tensor:
     """Return x[e] W[e] for each matrix of a batch; raises as `right`."""
-    if not w.is_batch() or not _can_apply(w):
+    if not w.is_batch() or not _can_apply(w, len(w.shape)):
         raise NotImplementedError
-    return _sum(x, w, None)
+    return _sum(x, w, None, flipped)
 
 
 def grouped(product: Callable[..., Tensor], x: Tensor, w: Weight) -> Tensor:
@@ -48,36 +48,35 @@ def grouped(product: Callable[..., Tensor], x: Tensor, w: Weight) -> Tensor:
     return out
 
 
-def _can_apply(w: Weight) -> bool:
-    ndim = len(w.base.shape)
-    return w.base.apply is not None and all(
-        term.ndim == ndim and term.apply is not None for term in w.terms
-    )
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Return False inside a compiler, a transform, forward derivatives or autocast."""
-    return is_eager() and not is_autocast(x.device)
+def _can_apply(w: Weight, ndim: int) -> bool:
+    """Return whether all parts apply to products with weights of so many dimensions."""
+    for term in w.terms:
+        if term.ndim != ndim or term.apply is None:
+            return False
+    return w.base.apply is not None and len(w.base.shape) == ndim
 
 
 def _base(w: Weight) -> tuple[Tensor, ...]:
     return tuple(w.base)  # type: ignore[arg-type]
 
 
-def _sum(x: Tensor, w: Weight, bias: Tensor | None) -> Tensor:
-    out = w.base.apply(x, w.flipped, bias)  # type: ignore[misc]
+def _sum(x: Tensor, w: Weight, bias: Tensor | None, flipped: bool) -> Tensor:
+    out = w.base.apply(x, flipped, bias)  # type: ignore[misc]
     for term in w.terms:
-        out = term.apply(x, w.flipped, out)  # type: ignore[misc]
+        out = term.apply(x, flipped, out)  # type: ignore[misc]
     return out
 
 
-def _sum_in_place(x: Tensor, w: Weight, bias: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-    out, kept = w.base.apply(x, w.flipped, bias), []  # type: ignore[misc]
+def _sum_in_place(
+    x: Tensor, w: Weight, bias: Tensor | None, flipped: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the sum, and of each term what its `pull` is to be given."""
+    out, kept = w.base.apply(x, flipped, bias), []  # type: ignore[misc]
     for term in w.terms:
         if term.apply_ is None:
-            out = term.apply(x, w.flipped, out)  # type: ignore[misc]
+            out = term.apply(x, flipped, out)  # type: ignore[misc]
         else:
-            kept.append(term.apply_(x, w.flipped, out))
+            kept.append(term.apply_(x, flipped, out))
     return out, kept
 
 
@@ -89,19 +88,21 @@ class _InPlace(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, w: Weight, bias: Tensor | None, x: Tensor, *values: Tensor) -> Tensor:
-        out, kept = _sum_in_place(x, w, bias)
-        ctx.weight = w
+    def forward(
+        ctx: Any, w: Weight, flipped: bool, bias: Tensor | None, x: Tensor, *values: Tensor
+    ) -> Tensor:
+        out, kept = _sum_in_place(x, w, bias, flipped)
+        ctx.weight, ctx.flipped = w, flipped
         ctx.save_for_backward(x, *values, *kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        _, needs_bias, needs_x, *needs = ctx.needs_input_grad
+        _, _, needs_bias, needs_x, *needs = ctx.needs_input_grad
         x, *saved = ctx.saved_tensors
-        w = rebuilt(ctx.weight, saved)
+        w, flipped = rebuilt(ctx.weight, saved), ctx.flipped
         kept = saved[len(needs) :]
-        d_x = w.base.apply(d, not w.flipped, None) if needs_x else None  # type: ignore[misc]
+        d_x = w.base.apply(d, not flipped, None) if needs_x else None  # type: ignore[misc]
         place = len(_base(w))
         gradients: list[Tensor | None] = [None] * place
         for term, inner in zip(w.terms, kept, strict=True):
@@ -109,6 +110,6 @@ class _InPlace(torch.autograd.Function):
             # A second derivative goes through what was kept as well: it is computed again then.
             inner = None if torch.is_grad_enabled() else inner
             needed = tuple(needs[place:end])
-            gradients += term.pull(x, d, inner, w.flipped, d_x, needed)  # type: ignore[misc]
+            gradients += term.pull(x, d, inner, flipped, d_x, needed)  # type: ignore[misc]
             place = end
-        return None, d.sum(0) if needs_bias else None, d_x, *gradients
+        return None, None, d.sum(0) if needs_bias else None, d_x, *gradients
