@@ -219,8 +219,7 @@ def _embedding_bag(func: Any, indices: Any, w: Any, *args: Any, **kwargs: Any) -
     """Form the weight, whose gradient is dense even where that of a parameter would be sparse."""
     if not _is_weight(w, indices):
         return NotImplemented
-    args = (*args[:5], False, *args[6:])
-    return func(indices, _formed(w, func), *args, **kwargs)
+    return func(indices, _formed(w, func), *args, **kwargs | {"sparse": False})
 
 
 def _convolution(
@@ -329,6 +328,7 @@ _OPERATOR_RULES: dict[str | None, Callable[..., Any]] = {
 _OPTIONS = {
     *("bias", "stride", "padding", "dilation", "groups"),
     *("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+    *("offsets", "mode", "per_sample_weights", "include_last_offset"),
     *("dim0", "dim1", "offs", "out_dtype"),
 }
 
