@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass as without_torch_function
 from torch.autograd import forward_ad
+from torch.nn.modules.conv import _ConvNd as Convolution
 from torch.utils._pytree import tree_map
 
 __all__ = [
     "GROUPED_PRODUCTS",
+    "Convolution",
     "are_transforms_off",
     "is_autocast",
     "is_eager",

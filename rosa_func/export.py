@@ -21,8 +21,7 @@ from rosa_func.files.peft_adapter import (
     write_adapter,
 )
 from rosa_func.forward import check_fit
-from rosa_func.modules import with_tensors
-from rosa_func.targeting import is_conv1d
+from rosa_func.modules import is_conv1d, with_tensors
 from rosa_func.weight import Parts, read, write
 from rosa_func.weight.low_rank import LowRank, low_rank
 

@@ -11,6 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from rosa_func import distributed, optim, samplers
+from rosa_func._torch import own_buffers, own_modules, own_parameters
 from rosa_func.forward import bind, call
 from rosa_func.modules import skeleton
 from rosa_func.samplers import Sampler
@@ -142,10 +143,9 @@ class RosaModule(nn.Module):
         *parents, last = [part for name in path for part in name.split(".")]
         branch: nn.Module = self
         for parent in parents:
-            branch = branch._modules.setdefault(parent, nn.Module())  # type: ignore[assignment]
-        table: dict[str, Any] = branch._buffers
-        if isinstance(value, nn.Parameter):
-            table = branch._parameters
+            branch = own_modules(branch).setdefault(parent, nn.Module())  # type: ignore[assignment]
+        is_parameter = isinstance(value, nn.Parameter)
+        table: dict[str, Any] = own_parameters(branch) if is_parameter else own_buffers(branch)
         table[last] = value
         self._slots[path] = (table, last)
 
@@ -153,17 +153,19 @@ class RosaModule(nn.Module):
         """Move what the state does not hold as well: the skeleton's non-persistent buffers."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for module in self.__dict__["skeleton"].modules():
-            for name, buffer in module._buffers.items():
+            buffers = own_buffers(module)
+            for name, buffer in buffers.items():
                 if buffer is not None and not buffer.is_meta:
-                    module._buffers[name] = fn(buffer)
+                    buffers[name] = fn(buffer)
         return self
 
 
 def _into_new_memory(module: nn.Module, *_: Any) -> None:
     """Let a state dict be loaded into memory that neither the state nor the model shares."""
     for branch in module.modules():
-        for name, buffer in branch._buffers.items():
-            branch._buffers[name] = None if buffer is None else buffer.clone()
+        buffers = own_buffers(branch)
+        for name, buffer in buffers.items():
+            buffers[name] = None if buffer is None else buffer.clone()
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Reading an nn.Module: its names, ties, buffers and shapes, and copying it without its weights."""
 
 import copy
+import sys
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
@@ -64,6 +65,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
             break
         model = inner
     return model
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether it is a transformers Conv1D, without importing transformers."""
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
 
 
 def refuse_meta(model: nn.Module) -> None:

@@ -23,6 +23,11 @@ class Site(NamedTuple):
             0 for `Conv1D` (in x out). An embedding counts as the transposed linear layer to which
             it is often tied, so 1.
         generator: the source of randomness, on the CPU.
+
+    Example:
+        >>> import torch
+        >>> from rosa_func import samplers
+        >>> site = samplers.Site("weight", 1, torch.Generator().manual_seed(0))
     """
 
     name: str
@@ -34,7 +39,7 @@ Sampler = Callable[[Tensor, int, Site], tuple[Tensor, Tensor]]
 
 
 def check_sampler(sampler: Sampler) -> None:
-    """Refuse what cannot be called, such as a sampler's name."""
+    """Refuse what is no function like `random`, such as a sampler's name."""
     if not callable(sampler):
         raise TypeError(f"a sampler is a function such as samplers.random, got {sampler!r}")
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
+from rosa_func._torch import Convolution
 from rosa_func.keys import canonical
-from rosa_func.modules import Parameter, parameters, some, tensors, unwrapped
+from rosa_func.modules import Parameter, is_conv1d, parameters, some, tensors, unwrapped
 from rosa_func.patterns import (
     Rank,
     check_rank_patterns,
@@ -93,7 +93,7 @@ def _target(r: Rank | None, name: str, parameter: Parameter) -> Target:
         raise ValueError(f"{name} is empty, of shape {tuple(shape)}: nothing to factor")
     if r is None:
         raise TypeError(f"r is None: pass the rank of {name} and the other adapted weights")
-    if len(shape) == 2 or isinstance(owner, _ConvNd):
+    if len(shape) == 2 or isinstance(owner, Convolution):
         matrix = (shape[0], math.prod(shape[1:]))
         return Target(rank(r, parameter.names, matrix), 0 if is_conv1d(owner) else 1)
     transposed = getattr(owner, "is_transposed", False) is True
@@ -246,7 +246,7 @@ def _is_left_out(parameter: Parameter, name: str) -> bool:
     Embeddings, convolutions, biases and what routes to experts are left out without a word.
     """
     shape = parameter.value.shape
-    known = (nn.Embedding, nn.EmbeddingBag, _ConvNd)
+    known = (nn.Embedding, nn.EmbeddingBag, Convolution)
     words = name.lower() + type(parameter.owners[0]).__name__.lower()
     return (
         len(shape) >= 2
@@ -254,12 +254,6 @@ def _is_left_out(parameter: Parameter, name: str) -> bool:
         and not any(isinstance(owner, known) for owner in parameter.owners)
         and not any(word in words for word in ("embed", "bias", "position"))
     )
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Return whether it is a transformers Conv1D, without importing transformers."""
-    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
-    return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
 
 
 def _refuse_peft(model: nn.Module) -> None:

@@ -1,7 +1,41 @@
-"""How far rounding may take a merge from the weight, derived for each kind of dtype."""
+"""How far rounding may take a merge from the weight, derived for each kind of dtype and base."""
 
 import torch
 from torch import Tensor
+
+from rosa_func.weight import Weight
+from rosa_func.weight.dense import Dense
+from rosa_func.weight.low_rank import low_rank
+from toys import Int8
+
+
+def merge_bound(W: Tensor, w: Weight) -> Tensor:
+    """Bound |merge - W| for a weight w of which only the factors are not at their start."""
+    A, B = low_rank(w)
+    matrices = (*A.shape[:-1], B.shape[-1])
+    R = w.base.dense().view(matrices)
+    if torch.finfo(W.dtype).bits > 16:
+        bound = rounding_bound(W.view(matrices), R, A, B)
+    else:
+        bound = rounding_bound_in_16_bit(W.view(matrices), R, A, B, w.lost is not None)
+    return bound.view(W.shape).double() + storing_bound(w)
+
+
+def storing_bound(w: Weight) -> Tensor:
+    """Bound what a base takes beyond the rounding of R to the weight's dtype.
+
+    An int8 base takes half a step. It may take a rounding of its largest value more: the scales are
+    rounded. A compensation gives it back, up to its own rounding.
+    """
+    if isinstance(w.base, Dense):
+        return torch.zeros((), dtype=torch.float64)
+    assert isinstance(w.base, Int8)
+    eps = torch.finfo(w.base.dtype if w.lost is None else w.lost.dtype).eps
+    steps = w.base.scales.double().expand(w.shape)
+    tiny = torch.finfo(w.base.dtype).smallest_normal
+    if w.lost is None:
+        return steps * (0.5 + 130 * eps) + tiny
+    return steps * 4 * eps + tiny * eps
 
 
 def rounding_bound(W: Tensor, R: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -10,7 +44,7 @@ def rounding_bound(W: Tensor, R: Tensor, A: Tensor, B: Tensor) -> Tensor:
     Each is off by g = (r+1) u / (1 - (r+1) u) times the sum of its terms' magnitudes (Higham,
     "Accuracy and Stability", 3.1): |W| + |A||B| for the split, |R| + |A||B| for the join.
     """
-    terms = (A.shape[1] + 1) * torch.finfo(W.dtype).eps / 2
+    terms = (A.shape[-1] + 1) * torch.finfo(W.dtype).eps / 2
     return terms / (1 - terms) * (W.abs() + R.abs() + 2 * (A.abs() @ B.abs())) * (1 + 1e-6)
 
 

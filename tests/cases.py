@@ -1,4 +1,4 @@
-"""What the laws run over. To test one more sampler, layout or use of a weight, add a line here.
+"""What the laws run over. To test one more sampler, layout, base, term or use, add a line here.
 
 Names in the plural are lists, for `pytest.mark.parametrize`; ANY_... are Hypothesis strategies that
 draw from them.
@@ -19,13 +19,20 @@ from models import randn, seeded
 from modules import (
     BilinearOfOneInput,
     Experts,
+    ExpertsInALoop,
+    ExpertsInOneProduct,
     LSTMOutputs,
     ReadsItsWeight,
     SelfAttention,
     TiedEmbedding,
 )
+from references import perturbed
 from rosa_func import samplers
-from rosa_func.weight.rounding import SUPPORTED
+from rosa_func.weight import Base, Term, read, write
+from rosa_func.weight.dense import Dense
+from rosa_func.weight.low_rank import low_rank
+from rosa_func.weight.rounding import SUPPORTED, join, split
+from toys import Int8, Scale, Sparse
 
 # Samplers.
 
@@ -66,8 +73,9 @@ class Layout(NamedTuple):
 
     Attributes:
         name: how the layer is called in the tests' ids.
-        build: makes a layer from (m, n). Its weight is m x n; in a convolution, m x n x kernel.
-        input_dim: the dimension of the weight that meets the layer's input.
+        build: makes a layer from (m, n). Its weight is m x n; in a convolution, m x n x kernel; of
+            experts, experts x m x n.
+        input_dim: the dimension of the weight that meets the layer's input; negative in a batch.
         example: makes a float32 or integer input of that layer from (m, n, seed).
         added: what a LoRA with factors A and B adds to the output for an input x: (x, A, B).
     """
@@ -115,7 +123,22 @@ CONV2D = Layout(
     example=lambda m, n, seed: randn(2, n, 3, 4, seed=seed),
     added=lambda x, A, B: F.conv2d(F.conv2d(x, B.view(len(B), -1, 1, 2)), A.view(*A.shape, 1, 1)),
 )
-LAYOUTS = [LINEAR, CONV1D, EMBEDDING, CONV2D]
+EXPERTS_IN_A_LOOP = Layout(
+    "experts in a loop",
+    build=lambda m, n: ExpertsInALoop(m, n),
+    input_dim=-1,
+    example=lambda m, n, seed: randn(3, 4, n, seed=seed),
+    added=lambda x, A, B: (x @ B.mT) @ A.mT,
+)
+EXPERTS_IN_ONE_PRODUCT = Layout(
+    "experts in one product",
+    build=lambda m, n: ExpertsInOneProduct(m, n),
+    input_dim=-2,
+    example=lambda m, n, seed: randn(3, 4, m, seed=seed),
+    added=lambda x, A, B: (x @ A) @ B,
+)
+LAYOUTS = [LINEAR, CONV1D, EMBEDDING, CONV2D, EXPERTS_IN_A_LOOP, EXPERTS_IN_ONE_PRODUCT]
+BATCHES = [layout for layout in LAYOUTS if layout.input_dim < 0]
 ANY_LAYOUT = st.sampled_from(LAYOUTS)
 
 
@@ -137,6 +160,108 @@ def scattered_layer(layout: Layout, m: int, n: int, dtype: torch.dtype, seed: in
 def adapt_every_weight(module: nn.Module, r: int, **options: object) -> TensorDict:
     """Return a state in which all weights are adapted, also those that are not by default."""
     return rosa_func.init(module, r, targets="*weight", **options)
+
+
+# What a weight is made of, beside its low-rank term. A test of any but DENSE and () needs the toys:
+# pytest.mark.usefixtures("toys").
+
+BASES: dict[str, Callable[[Tensor], Base]] = {"dense": Dense, "int8": Int8.like}
+TERMS: dict[str, tuple[Callable[[Tensor, bool], Term], ...]] = {
+    "low rank": (),
+    "scaled": (Scale.at_start,),
+    "sparse": (Sparse.at_start,),
+    "scaled and sparse": (Scale.at_start, Sparse.at_start),
+}
+
+
+class Parts(NamedTuple):
+    """What the adapted weights of a state are made of.
+
+    Attributes:
+        base: of `BASES`.
+        terms: of `TERMS`.
+    """
+
+    base: str = "dense"
+    terms: str = "low rank"
+
+    def put_into(self, state: TensorDict, exact: bool | None = None) -> TensorDict:
+        """Make the weights of a state of `init` of these parts. The function stays the same.
+
+        Except for what a base takes and no compensation keeps. `exact` is what `init` was given:
+        an exact compensation of a base that takes many bits is in float64, see `Int8`.
+        """
+        parts = read(state)
+        weights = {}
+        for name, w in parts.adapted().items():
+            factors, base, lost, W = low_rank(w), w.base, w.lost, join(w)
+            if self.base != "dense":
+                kept = torch.float64 if exact else None if lost is None else lost.dtype
+                like = BASES[self.base](W.to(w.base.dtype))
+                base, lost = split(W, factors, like, kept)
+            more = [at_start(W.to(w.base.dtype), w.is_batch()) for at_start in TERMS[self.terms]]
+            weights[name] = w._replace(base=base, terms=(factors, *more), lost=lost)
+        return write(parts._replace(frozen=parts.frozen | weights))
+
+    def __str__(self) -> str:
+        return f"{self.base}, {self.terms}"
+
+
+ANY_PARTS = st.builds(Parts, st.sampled_from(list(BASES)), st.sampled_from(list(TERMS)))
+ALL_PARTS = [Parts(base, terms) for base in BASES for terms in TERMS]
+
+
+class Case(NamedTuple):
+    """One layer with an adapted weight: a row of the table of all columns above."""
+
+    layout: Layout
+    parts: Parts
+    dtype: torch.dtype
+    sampler: samplers.Sampler
+    m: int
+    n: int
+    r: int
+    seed: int
+
+    def module(self) -> nn.Module:
+        """Build the layer; its weight is a scattered matrix."""
+        return scattered_layer(self.layout, self.m, self.n, self.dtype, self.seed)
+
+    def state(self, exact: bool | None = None) -> TensorDict:
+        """Return the state of `init`, in which all of the weight's parts are at their start."""
+        options = {"exact": exact, "sampler": self.sampler, "key": self.seed}
+        return self.parts.put_into(adapt_every_weight(self.module(), self.r, **options), exact)
+
+    def trained(self, exact: bool | None = None) -> TensorDict:
+        """Return the state as if trained."""
+        return perturbed(self.state(exact), seed=self.seed)
+
+    def input(self, seed: int = 0) -> Tensor:
+        """Make an input of the layer."""
+        return self.layout.input(self.m, self.n, self.dtype, seed)
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    *,
+    layouts: st.SearchStrategy[Layout] = ANY_LAYOUT,
+    parts: st.SearchStrategy[Parts] = ANY_PARTS,
+    dtypes: st.SearchStrategy[torch.dtype] = ANY_DTYPE,
+    any_sampler: st.SearchStrategy[samplers.Sampler] = ANY_SAMPLER,
+) -> Case:
+    """Draw a row of the table."""
+    m, n = draw(SIZES), draw(SIZES)
+    return Case(
+        draw(layouts),
+        draw(parts),
+        draw(dtypes),
+        draw(any_sampler),
+        m,
+        n,
+        draw(st.integers(1, min(m, n))),
+        draw(SEEDS),
+    )
 
 
 # Uses of a weight in a forward pass.
@@ -219,4 +344,6 @@ WEIGHT_USES = [
     WeightUse("lstm", lambda: LSTMOutputs(4, 5), randn(3, 2, 4), "weight_*"),
     WeightUse("reads its weight", lambda: ReadsItsWeight(6, 5), randn(3, 6)),
     WeightUse("experts", Experts, randn(3, 2, 6)),
+    WeightUse("experts in a loop", lambda: ExpertsInALoop(5, 6), randn(3, 2, 6)),
+    WeightUse("experts in one product", lambda: ExpertsInOneProduct(6, 5), randn(3, 2, 6)),
 ]

@@ -1,6 +1,11 @@
-"""The Hypothesis profile of the tests."""
+"""The Hypothesis profile of the tests, and the toy parts."""
 
+from collections.abc import Iterator
+
+import pytest
 from hypothesis import Phase, settings
+
+from toys import registered
 
 # Derandomized: the same examples in every run, so that a failure is a change of the code. The
 # phase that explains failures is left out: it takes minutes.
@@ -9,3 +14,10 @@ settings.register_profile(
     "rosa_func", deadline=None, derandomize=True, max_examples=10, phases=_PHASES
 )
 settings.load_profile("rosa_func")
+
+
+@pytest.fixture(scope="module")
+def toys() -> Iterator[None]:
+    """Let the library know the toy bases and terms while the tests of a file run."""
+    with registered():
+        yield

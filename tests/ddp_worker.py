@@ -9,10 +9,13 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import rosa_func
+from cases import Parts
 from models import seeded, tiny_gpt2, token_ids
-from rosa_func import distributed, samplers
+from modules import ExpertsInOneProduct
+from rosa_func import checkpoint, distributed, samplers
 from rosa_func.module import RosaModule
 from rosa_func.samplers import Site
+from toys import registered
 
 STEPS, RESAMPLE_AT, RATE = 20, 10, 0.05
 TARGETS = ["wte", "c_attn", "c_fc"]
@@ -84,9 +87,20 @@ def unequal(rank: int) -> str:
     return "nothing was raised"
 
 
+def of_other_parts() -> list[str]:
+    """Return the hashes of a state with toy parts and a batch, resampled together and alone."""
+    model = seeded(lambda: torch.nn.Sequential(torch.nn.Linear(6, 5), ExpertsInOneProduct(5, 4)))
+    with registered():
+        state = rosa_func.init(model, 2, targets="*weight", exact=True)
+        state = Parts("int8", "scaled and sparse").put_into(state, exact=True)
+        together, alone = distributed.resample(state, 1), rosa_func.resample(state, 1)
+        return [distributed.check_equal(together), checkpoint.digest(alone)]
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     results = train(rank, size) | {"failing": failing(rank), "unequal": unequal(rank)}
+    results["of_other_parts"] = of_other_parts()
     torch.save(results, Path(sys.argv[1]) / f"{rank}.pt")
     dist.destroy_process_group()

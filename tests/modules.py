@@ -51,3 +51,27 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight
+
+
+class ExpertsInALoop(nn.Module):
+    """A batch of (out, in) matrices, each taken by its index, as stock mixtures of experts do."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([F.linear(x[e], self.weight[e]) for e in range(len(x))])
+
+
+class ExpertsInOneProduct(nn.Module):
+    """A batch of (in, out) matrices, multiplied at once."""
+
+    is_transposed = True  # by which transformers says so
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, inputs, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(x, self.weight)

@@ -13,20 +13,24 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import rosa_func
-from cases import ANY_SAMPLER, DTYPES, WEIGHT_USES, WeightUse
+from cases import ANY_PARTS, ANY_SAMPLER, DTYPES, WEIGHT_USES, Parts, WeightUse
 from models import randn, seeded, tiny_gpt2, token_ids
 from references import dense_weights, model_snapshot, perturbed, relative_distance
-from rosa_func.weight import Composed, Weight, composed
+from rosa_func.weight import Composed, Weight
+from rosa_func.weight.composed import composed
 from rosa_func.weight.dense import Dense
 from rosa_func.weight.low_rank import LowRank
 
+pytestmark = pytest.mark.usefixtures("toys")
+
 
 def adapted_and_trained(
-    use: WeightUse, dtype: torch.dtype, r: int = 2, **options: Any
+    use: WeightUse, dtype: torch.dtype, r: int = 2, parts: Parts | None = None, **options: Any
 ) -> tuple[nn.Module, TensorDict, Tensor]:
     """Return the module, a state of it as if trained, and the input."""
     module, x = seeded(use.build).to(dtype), use.input
     state = rosa_func.init(module, r, targets=use.targets, **options)
+    state = parts.put_into(state) if parts else state
     return module, perturbed(state), x.to(dtype) if x.is_floating_point() else x
 
 
@@ -46,24 +50,36 @@ def gradients_of_dense_weights(
     key=st.integers(0, 2**64),
     r=st.integers(1, 3),
     sampler=ANY_SAMPLER,
+    parts=ANY_PARTS,
     precision=st.sampled_from([(torch.float32, 1e-5), (torch.float64, 1e-12)]),
 )
-def test_gradients_of_the_factors_follow_from_that_of_the_dense_weight(
-    use, key, r, sampler, precision
+def test_gradients_of_what_trains_are_those_of_the_dense_weight(
+    use, key, r, sampler, parts, precision
 ):
     dtype, relative = precision
-    module, state, x = adapted_and_trained(use, dtype, r, sampler=sampler, key=key)
-    leaves = rosa_func.named_parameters(state)
+    module, state, x = adapted_and_trained(use, dtype, r, parts, sampler=sampler, key=key)
+    leaves = rosa_func.parameters(state)
     result = rosa_func.call(module, state, x)
-    assert (
-        relative_distance(result, functional_call(module, dense_weights(state), (x,))) <= relative
-    )
+    expected = functional_call(module, dense_weights(state), (x,))
+    assert relative_distance(result, expected) <= relative
     result.square().sum().backward()
+    gradients = torch.autograd.grad(expected.square().sum(), leaves)
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        assert (leaf.grad - gradient).norm() <= relative * gradient.norm()
+
+
+@pytest.mark.filterwarnings("ignore:.*forms a batch")
+@pytest.mark.parametrize("use", WEIGHT_USES, ids=str)
+def test_gradients_of_the_factors_follow_from_that_of_the_dense_weight(use):
+    """The same by a formula: d(A) = d(W) B^T and d(B) = A^T d(W)."""
+    module, state, x = adapted_and_trained(use, torch.float64)
+    leaves = rosa_func.named_parameters(state)
+    rosa_func.call(module, state, x).square().sum().backward()
     for name, dW in gradients_of_dense_weights(module, state, x).items():
         A, B = leaves[f"{name}.A"], leaves[f"{name}.B"]
         dW = dW.flatten(A.ndim - 1)
         for found, expected in ((A.grad, dW @ B.mT), (B.grad, A.mT @ dW)):
-            assert (found - expected).norm() <= relative * expected.norm(), name
+            assert (found - expected).norm() <= 1e-12 * expected.norm(), name
 
 
 @pytest.mark.filterwarnings("ignore:.*forms a batch")

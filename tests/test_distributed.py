@@ -64,6 +64,11 @@ class TestTwoProcesses:
         for process in processes:
             assert relative_difference(process["R"], alone["R"]) < 1e-4
 
+    def test_processes_send_each_other_parts_that_the_library_does_not_know(self, processes: Any):
+        for process in processes:
+            together, alone = process["of_other_parts"]
+            assert together == alone
+
     def test_a_failed_draw_in_one_process_is_raised_in_both(self, processes: Any):
         assert processes[0]["failing"] == (
             "RuntimeError: another process could not resample; this is rank 0"

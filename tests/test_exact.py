@@ -6,13 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bounds import rounding_bound, rounding_bound_in_16_bit
+from bounds import merge_bound, rounding_bound, rounding_bound_in_16_bit
 from cases import ANY_16_BIT_DTYPE, ANY_DTYPE, ANY_WIDE_DTYPE, DTYPES, SEEDS, scattered_matrix
 from models import randn
 from rosa_func.weight import Weight, rounding
 from rosa_func.weight.dense import Dense
 from rosa_func.weight.low_rank import LowRank
 from rosa_func.weight.rounding import compensation_dtype, factor_dtype, two_sum
+from toys import Int8
 
 SIDES = st.integers(1, 9)
 RANKS = st.integers(1, 9)  # of any size: the arithmetic needs no r <= min(m, n)
@@ -34,6 +35,13 @@ def split(
     like = Dense(torch.empty(0, dtype=dtype))
     base, lost = rounding.split(W, LowRank(A, B), like, kept, own)
     return base.R, lost
+
+
+def weight_and_factors(
+    m: int, n: int, r: int, dtype: torch.dtype, seed: int
+) -> tuple[Tensor, LowRank]:
+    factors = random_factors(m, n, r, factor_dtype(dtype), seed)
+    return scattered_matrix(m, n, dtype, seed), LowRank(*factors)
 
 
 def join(R: Tensor, A: Tensor, B: Tensor, lost: Tensor | None) -> Tensor:
@@ -112,6 +120,26 @@ class TestRoundingBounds:
         R, c = split(W, A, B, dtype, dtype if kept else None)
         off = (join(R, A, B, c).to(dtype) - W).abs()
         assert (off <= rounding_bound_in_16_bit(W, R, A, B, kept)).all()
+
+
+class TestBaseThatTakesManyBits:
+    """What an int8 base takes is kept like what rounding takes, in float64 if all of it is."""
+
+    @given(SIDES, SIDES, RANKS, ANY_DTYPE.filter(lambda dtype: dtype != torch.float64), SEEDS)
+    def test_join_reverses_split_with_a_float64_compensation(self, m, n, r, dtype, seed):
+        W, factors = weight_and_factors(m, n, r, dtype, seed)
+        base, lost = rounding.split(W, factors, Int8.like(W), torch.float64)
+        joined = rounding.join(Weight(base, (factors,), torch.tensor(1), lost))
+        assert torch.equal(joined.to(dtype), W)
+
+    @given(SIDES, SIDES, RANKS, ANY_DTYPE, st.booleans(), SEEDS)
+    def test_join_is_within_the_bound_with_a_compensation_of_the_weights_dtype_or_none(
+        self, m, n, r, dtype, is_kept, seed
+    ):
+        W, factors = weight_and_factors(m, n, r, dtype, seed)
+        base, lost = rounding.split(W, factors, Int8.like(W), dtype if is_kept else None)
+        w = Weight(base, (factors,), torch.tensor(1), lost)
+        assert ((rounding.join(w).to(dtype) - W).abs() <= merge_bound(W, w)).all()
 
 
 class TestStorage:

@@ -5,14 +5,28 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import rosa_func
-from cases import ANY_DTYPE, ANY_SAMPLER, SAMPLER_NAMES, SAMPLERS_THAT_DRAW
+from cases import (
+    ANY_DTYPE,
+    ANY_SAMPLER,
+    BATCHES,
+    SAMPLER_NAMES,
+    SAMPLERS_THAT_DRAW,
+    adapt_every_weight,
+    cases,
+)
 from models import seeded
 from rosa_func.keys import generator
+from rosa_func.samplers import Site
+from rosa_func.weight import read
+from rosa_func.weight.low_rank import low_rank
+from rosa_func.weight.rounding import factor_dtype, join
+
+pytestmark = pytest.mark.usefixtures("toys")
 
 KEYS = st.integers(-(2**70), 2**70)
 DATA = st.lists(st.integers() | st.text(max_size=5), max_size=3)
@@ -108,6 +122,34 @@ class TestDraws:
             for part in (("trainable", "0.weight", "A"), ("trainable", "0.weight", "B")):
                 assert torch.equal(one[part], two[part])
             assert torch.equal(one["frozen", "0.weight"], two["frozen", "0.weight"])
+
+    @settings(max_examples=30)
+    @given(cases(), KEYS)
+    def test_a_draw_is_a_function_of_the_weight_and_the_key(self, case, key):
+        """Each matrix of a batch draws from a key of its own, whatever the weight is stored as."""
+        first = case.state(exact=True)
+        second = rosa_func.resample(first, key, sampler=case.sampler)
+        started, drawn_again = (read(state).adapted()["weight"] for state in (first, second))
+        draws = [
+            ("init", case.seed, case.module().weight.detach(), started),
+            ("resample", key, join(started), drawn_again),
+        ]
+        for purpose, used, W, w in draws:
+            W, found = W.to(factor_dtype(case.dtype)), low_rank(w)
+            matrices = {(e,): W[e] for e in range(len(W))} if w.is_batch() else {(): W.flatten(1)}
+            for place, M in matrices.items():
+                generated = generator(used, purpose, "weight", *place)
+                site = Site("weight", case.layout.input_dim % 2, generated)
+                for factor, drawn in zip(found, case.sampler(M, case.r, site), strict=True):
+                    assert torch.equal(factor[place], drawn)
+
+    @given(st.sampled_from(SAMPLERS_THAT_DRAW), KEYS, st.integers(1, 5), st.sampled_from(BATCHES))
+    def test_equal_matrices_of_a_batch_draw_differently(self, sampler, key, r, layout):
+        module = seeded(lambda: layout.build(12, 10))
+        module.load_state_dict({"weight": module.weight[:1].expand(3, -1, -1)})
+        state = adapt_every_weight(module, r, sampler=sampler, key=key)
+        factors = state["trainable", "weight"]
+        assert not all(torch.allclose(factors[f][0], factors[f][1]) for f in "AB")
 
     @given(st.sampled_from(SAMPLERS_THAT_DRAW), KEYS, st.integers(1, 11))
     def test_equal_weights_in_two_layers_draw_differently(self, sampler, key, r):

@@ -1,39 +1,66 @@
 """With the sampler `lora` the weight stays as it is, and training is that of a plain LoRA."""
 
+from typing import Any
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.func import functional_call
 
 import rosa_func
-from cases import ANY_DTYPE, ANY_LAYOUT, LAYOUTS, SEEDS, SIZES, adapt_every_weight, scattered_layer
+from cases import BASES, LAYOUTS, SEEDS, SIZES, Layout, Parts, adapt_every_weight, cases
 from models import seeded
 from rosa_func import samplers
+from rosa_func.weight import read
+from rosa_func.weight.rounding import factor_dtype
+
+pytestmark = pytest.mark.usefixtures("toys")
+
+LORA: Any = st.just(samplers.lora)
 
 
-@given(ANY_LAYOUT, SIZES, SIZES, ANY_DTYPE, st.data(), SEEDS)
-def test_the_residual_of_lora_is_the_weight_in_its_own_storage(layout, m, n, dtype, data, seed):
-    module = scattered_layer(layout, m, n, dtype, seed)
-    r = data.draw(st.integers(1, min(m, n)))
-    state = adapt_every_weight(module, r, sampler=samplers.lora, key=seed)
+@settings(max_examples=30)
+@given(cases(parts=st.just(Parts()), any_sampler=LORA))
+def test_the_residual_of_lora_is_the_weight_in_its_own_storage(case):
+    module = case.module()
+    state = adapt_every_weight(module, case.r, sampler=samplers.lora, key=case.seed)
     assert torch.equal(state["frozen", "weight"], module.weight)
     assert state["frozen", "weight"].data_ptr() == module.weight.data_ptr()
 
 
+@settings(max_examples=30)
+@given(cases(any_sampler=LORA))
+def test_the_residual_of_lora_is_the_weight_as_its_base_stores_it(case):
+    base = read(case.state()).adapted()["weight"].base
+    W = case.module().weight.detach()
+    stored, _ = BASES[case.parts.base](W).store(W.to(factor_dtype(case.dtype)))
+    assert torch.equal(base.dense(), stored.dense())
+
+
+@pytest.mark.filterwarnings("ignore:bmm forms a batch")  # of the toy base
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(
     ("dtype", "relative"), [(torch.float32, 1e-6), (torch.float64, 1e-13)], ids=str
 )
-@given(SIZES, SIZES, st.data(), SEEDS)
-def test_training_is_that_of_a_plain_lora(layout, dtype, relative, m, n, data, seed):
-    module, x = seeded(lambda: layout.build(m, n), seed).to(dtype), layout.input(m, n, dtype)
+@given(st.sampled_from(list(BASES)), SIZES, SIZES, st.data(), SEEDS)
+def test_training_is_that_of_a_plain_lora(
+    layout: Layout, dtype: torch.dtype, relative: float, base: str, m: int, n: int, data, seed: int
+):
+    """Over an int8 base it is that of a LoRA on the dequantised weight."""
+    module: nn.Module = seeded(lambda: layout.build(m, n), seed).to(dtype)
+    x = layout.input(m, n, dtype)
     r = data.draw(st.integers(1, min(m, n)))
     state = adapt_every_weight(module, r, sampler=samplers.lora, key=seed)
+    state = Parts(base).put_into(state)
+    W = read(state).adapted()["weight"].base.dense()
     leaves = rosa_func.parameters(state)
     A, B = (leaf.detach().clone().requires_grad_() for leaf in leaves)
     optimizers = [torch.optim.SGD(group, 0.1) for group in (leaves, [A, B])]
     for _ in range(3):
-        outputs = rosa_func.call(module, state, x), module(x).detach() + layout.added(x, A, B)
+        own = functional_call(module, {"weight": W}, (x,)).detach() + layout.added(x, A, B)
+        outputs = rosa_func.call(module, state, x), own
         for optimizer, y in zip(optimizers, outputs, strict=True):
             optimizer.zero_grad()
             (y - 1).square().mean().backward()
@@ -44,6 +71,5 @@ def test_training_is_that_of_a_plain_lora(layout, dtype, relative, m, n, data, s
         for optimizer in optimizers:
             optimizer.step()
     assert all(leaf.any() for leaf in leaves)
-    W = module.weight.detach().flatten(1)
-    off = rosa_func.merge(state)["weight"].flatten(1) - (W + A @ B).detach()
-    assert off.norm() <= relative * W.norm()
+    expected = W + (A @ B).detach().view(W.shape)
+    assert (rosa_func.merge(state)["weight"] - expected).norm() <= relative * W.norm()

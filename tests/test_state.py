@@ -8,128 +8,120 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 import rosa_func
-from bounds import rounding_bound, rounding_bound_in_16_bit
+from bounds import merge_bound
 from cases import (
-    ANY_16_BIT_DTYPE,
-    ANY_LAYOUT,
     ANY_SAMPLER,
-    ANY_WIDE_DTYPE,
+    BASES,
     DTYPES,
     LAYOUTS,
     LINEAR,
-    SAMPLERS,
     SEEDS,
     SIXTEEN_BIT_DTYPES,
-    SIZES,
     WIDE_DTYPES,
+    Case,
+    Parts,
     adapt_every_weight,
+    cases,
     scattered_layer,
 )
 from models import randn, stock_model
-from references import model_snapshot, perturbed, state_bytes
+from references import (
+    model_snapshot,
+    perturbed,
+    state_bytes,
+    storage_pointers,
+)
 from rosa_func import samplers
+from rosa_func.weight import Weight, read
+from rosa_func.weight.layout import entries
+from rosa_func.weight.low_rank import low_rank
+
+pytestmark = [
+    pytest.mark.usefixtures("toys"),
+    pytest.mark.filterwarnings("ignore:.*forms a batch"),  # of toys, which have no other rule
+]
 
 
-def matrix_and_factors(weight: Tensor, state: TensorDict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return W as a matrix, and R, A and B of the state's only adapted weight."""
-    A, B = (state["trainable", "weight", factor] for factor in "AB")
-    return weight.detach().flatten(1), state["frozen", "weight"].flatten(1), A, B
+def only_weight(state: TensorDict) -> Weight:
+    """Return the state's only adapted weight."""
+    return read(state).adapted()["weight"]
 
 
-def unrounded(state: TensorDict, name: str) -> Tensor:
-    """Return R + c + A B in float64."""
-    A, B = (state["trainable", name, factor].double() for factor in "AB")
-    return state["frozen", name].double() + state["compensation", name].double() + A @ B
+def merged_weight(state: TensorDict) -> Tensor:
+    return rosa_func.merge(state)["weight"]
+
+
+def unrounded(state: TensorDict) -> Tensor:
+    """Return R + c + A B of the only weight in float64."""
+    w = only_weight(state)
+    A, B = (factor.double() for factor in low_rank(w))
+    return w.base.dense().double() + w.lost.double() + (A @ B).view(w.shape)
+
+
+def of_dtype(dtype: torch.dtype) -> st.SearchStrategy[Case]:
+    return cases(dtypes=st.just(dtype))
+
+
+def can_be_exact(case: Case) -> bool:
+    """Return whether a compensation has room for all that was lost.
+
+    An int8 base takes so many bits of a float64 number that another float64 cannot hold them.
+    """
+    return case.parts.base == "dense" or case.dtype != torch.float64
+
+
+ANY_LOW_RANK_PARTS = st.sampled_from([Parts(base) for base in BASES])
 
 
 class TestMergeReconstructs:
-    @pytest.mark.parametrize("sampler", SAMPLERS)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @given(ANY_LAYOUT, SIZES, SIZES, st.data(), SEEDS)
-    def test_merge_after_an_exact_init_returns_the_weights(
-        self, sampler, dtype, layout, m, n, data, seed
-    ):
-        module = scattered_layer(layout, m, n, dtype, seed)
-        r = data.draw(st.integers(1, min(m, n)))
-        state = adapt_every_weight(module, r, exact=True, sampler=sampler, key=seed)
-        merged = rosa_func.merge(state)
+    @settings(max_examples=60)
+    @given(st.data())
+    def test_merge_after_an_exact_init_returns_the_weights(self, dtype, data):
+        case = data.draw(of_dtype(dtype).filter(can_be_exact))
+        module, merged = case.module(), rosa_func.merge(case.state(exact=True))
         assert all(torch.equal(merged[name], p) for name, p in module.named_parameters())
         assert {name: t.dtype for name, t in merged.items()} == {
             name: p.dtype for name, p in module.named_parameters()
         }
 
-    @pytest.mark.parametrize("sampler", SAMPLERS)
+    @pytest.mark.parametrize("exact", [None, False, True])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @settings(max_examples=30)
+    @given(st.data())
+    def test_merge_after_init_is_within_the_rounding_bound(self, dtype, exact, data):
+        case = data.draw(of_dtype(dtype))
+        state = case.state(exact)
+        is_kept = exact or (exact is None and dtype in SIXTEEN_BIT_DTYPES)
+        assert ("compensation" in state.keys()) == is_kept
+        W = case.module().weight.detach()
+        off = (merged_weight(state) - W).abs()
+        assert (off <= merge_bound(W, only_weight(state))).all()
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @settings(max_examples=60)
+    @given(st.data(), ANY_SAMPLER)
+    def test_an_exact_resample_keeps_the_merged_weight(self, dtype, data, sampler):
+        case = data.draw(of_dtype(dtype).filter(can_be_exact))
+        state = case.trained(exact=True)
+        r = data.draw(st.integers(1, min(case.m, case.n)))
+        old = merged_weight(state)
+        new = merged_weight(rosa_func.resample(state, case.seed, r=r, sampler=sampler))
+        if only_weight(state).lost.dtype == dtype:
+            assert torch.equal(new, old)
+        else:
+            # Both round a sum that is the same up to 2**-53: they differ only near a tie.
+            unit = torch.finfo(dtype).eps * old.abs().double() + torch.finfo(dtype).smallest_normal
+            assert ((new.double() - old.double()).abs() <= unit).all()
+
     @pytest.mark.parametrize("dtype", WIDE_DTYPES, ids=str)
-    @given(ANY_LAYOUT, SIZES, SIZES, st.data(), SEEDS)
-    def test_merge_after_init_is_within_the_rounding_bound(
-        self, sampler, dtype, layout, m, n, data, seed
-    ):
-        module = scattered_layer(layout, m, n, dtype, seed)
-        r = data.draw(st.integers(1, min(m, n)))
-        state = adapt_every_weight(module, r, sampler=sampler, key=seed)
-        assert "compensation" not in state.keys()
-        W, R, A, B = matrix_and_factors(module.weight, state)
-        off = (rosa_func.merge(state)["weight"].flatten(1) - W).abs()
-        assert (off <= rounding_bound(W, R, A, B)).all()
-
-    @pytest.mark.parametrize("sampler", SAMPLERS)
-    @pytest.mark.parametrize("dtype", SIXTEEN_BIT_DTYPES, ids=str)
-    @pytest.mark.parametrize("exact", [None, False])
-    @given(ANY_LAYOUT, SIZES, SIZES, st.data(), SEEDS)
-    def test_merge_after_init_in_16_bit_is_within_the_rounding_bound(
-        self, sampler, dtype, exact, layout, m, n, data, seed
-    ):
-        module = scattered_layer(layout, m, n, dtype, seed)
-        r = data.draw(st.integers(1, min(m, n)))
-        state = adapt_every_weight(module, r, exact=exact, sampler=sampler, key=seed)
-        assert ("compensation" in state.keys()) == (exact is None)
-        W, R, A, B = matrix_and_factors(module.weight, state)
-        off = (rosa_func.merge(state)["weight"].flatten(1) - W).abs()
-        assert (off <= rounding_bound_in_16_bit(W, R, A, B, kept=exact is None)).all()
-
-    @pytest.mark.parametrize("before", SAMPLERS)
-    @pytest.mark.parametrize("after", SAMPLERS)
-    @settings(max_examples=5)
-    @given(ANY_LAYOUT, SIZES, SIZES, ANY_WIDE_DTYPE, st.data(), SEEDS)
-    def test_an_exact_resample_keeps_the_merged_weight(
-        self, before, after, layout, m, n, dtype, data, seed
-    ):
-        ranks = [data.draw(st.integers(1, min(m, n))) for _ in range(2)]
-        module = scattered_layer(layout, m, n, dtype, seed)
-        state = perturbed(
-            adapt_every_weight(module, ranks[0], exact=True, sampler=before, key=seed), seed=seed
-        )
-        new = rosa_func.resample(state, seed, r=ranks[1], sampler=after)
-        assert torch.equal(rosa_func.merge(new)["weight"], rosa_func.merge(state)["weight"])
-
-    @pytest.mark.parametrize("before", SAMPLERS)
-    @pytest.mark.parametrize("after", SAMPLERS)
-    @settings(max_examples=5)
-    @given(ANY_LAYOUT, SIZES, SIZES, ANY_WIDE_DTYPE, st.data(), SEEDS)
-    def test_resample_keeps_the_merged_weight_within_the_rounding_bound(
-        self, before, after, layout, m, n, dtype, data, seed
-    ):
-        r = data.draw(st.integers(1, min(m, n)))
-        module = scattered_layer(layout, m, n, dtype, seed)
-        state = perturbed(adapt_every_weight(module, r, sampler=before, key=seed), seed=seed)
-        new = rosa_func.resample(state, seed, sampler=after)
-        W, R, A, B = matrix_and_factors(rosa_func.merge(state)["weight"], new)
-        off = (rosa_func.merge(new)["weight"].flatten(1) - W).abs()
-        assert (off <= rounding_bound(W, R, A, B)).all()
-
-    @given(ANY_LAYOUT, SIZES, SIZES, ANY_16_BIT_DTYPE, ANY_SAMPLER, SEEDS)
-    def test_an_exact_resample_in_16_bit_moves_by_one_unit_in_the_last_place(
-        self, layout, m, n, dtype, sampler, seed
-    ):
-        module = scattered_layer(layout, m, n, dtype, seed)
-        state = perturbed(
-            adapt_every_weight(module, 1, exact=True, sampler=sampler, key=seed), seed=seed
-        )
-        old = rosa_func.merge(state)["weight"].double()
-        new = rosa_func.merge(rosa_func.resample(state, seed))["weight"].double()
-        # Both round a sum that is the same up to 2**-53: they differ only near a tie.
-        unit = torch.finfo(dtype).eps * old.abs() + torch.finfo(dtype).smallest_normal
-        assert ((new - old).abs() <= unit).all()
+    @settings(max_examples=60)
+    @given(st.data(), ANY_SAMPLER)
+    def test_resample_keeps_the_merged_weight_within_the_rounding_bound(self, dtype, data, sampler):
+        state = data.draw(of_dtype(dtype)).trained(exact=False)
+        new = rosa_func.resample(state, 1, sampler=sampler)
+        W = merged_weight(state)
+        assert ((merged_weight(new) - W).abs() <= merge_bound(W, only_weight(new))).all()
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("shape", [(257, 513), (768, 300)], ids=str)
@@ -162,15 +154,23 @@ class TestDrift:
         W = module.weight.detach()
         assert (rosa_func.merge(state)["weight"] - W).norm() <= 1e-5 * W.norm()
 
-    @given(ANY_SAMPLER, st.integers(8, 48), st.integers(8, 48), st.integers(1, 8), SEEDS)
-    def test_100_idle_resamples_in_bfloat16(self, sampler, m, n, r, seed):
-        module = nn.Linear(n, m, bias=False).bfloat16()
-        module.load_state_dict({"weight": randn(m, n, seed=seed)})
-        state = rosa_func.init(module, r, sampler=sampler)
+    @pytest.mark.parametrize("base", BASES)
+    @settings(max_examples=4)
+    @given(st.data(), st.sampled_from(SIXTEEN_BIT_DTYPES))
+    def test_100_idle_resamples_with_a_compensation_in_16_bit(self, base, data, dtype):
+        case = data.draw(cases(parts=st.just(Parts(base)), dtypes=st.just(dtype)))
+        state, start = case.state(), case.module().weight.detach().double()
         for step in range(100):
-            state = rosa_func.resample(state, seed + step, sampler=sampler)
-        W = module.weight.detach().double()
-        assert (unrounded(state, "weight") - W).norm() <= 1e-4 * W.norm()
+            state = rosa_func.resample(state, case.seed + step, sampler=case.sampler)
+        assert (unrounded(state) - start).norm() <= 1e-4 * start.norm()
+
+    @settings(max_examples=4)
+    @given(cases(parts=st.just(Parts("int8")), dtypes=st.just(torch.float32)))
+    def test_100_idle_resamples_of_an_exact_int8_base_return_the_weight(self, case):
+        state = case.state(exact=True)
+        for step in range(100):
+            state = rosa_func.resample(state, case.seed + step, sampler=case.sampler)
+        assert torch.equal(merged_weight(state), case.module().weight)
 
     @settings(max_examples=6)
     @given(st.sampled_from([samplers.random, samplers.projection]), SEEDS)
@@ -193,52 +193,66 @@ class TestDrift:
             intended += A.double() @ ((B + dB).double() - B.double())
             B += dB
             state = rosa_func.resample(state, seed + step, sampler=sampler)
-        realised = ((unrounded(state, "weight") - W) * intended).sum() / intended.square().sum()
+        realised = ((unrounded(state) - W) * intended).sum() / intended.square().sum()
         assert intended.norm() >= 4e-4 * W.norm()
         assert abs(realised.item() - 1) <= 1e-3
 
 
 class TestOneCycle:
-    @given(ANY_LAYOUT, SIZES, SIZES, ANY_SAMPLER, st.data(), SEEDS)
-    def test_the_change_of_one_cycle_has_at_most_rank_2r(self, layout, m, n, sampler, data, seed):
-        r = data.draw(st.integers(1, min(m, n)))
-        module = scattered_layer(layout, m, n, torch.float64, seed)
-        state = adapt_every_weight(module, r, sampler=sampler, exact=True)
-        trained = perturbed(state, seed=seed)
-        change = rosa_func.merge(trained)["weight"] - module.weight.detach()
-        assert torch.linalg.matrix_rank(change.flatten(1), rtol=1e-9) <= 2 * r
+    @settings(max_examples=20)
+    @given(cases(parts=ANY_LOW_RANK_PARTS, dtypes=st.just(torch.float64)))
+    def test_the_change_of_one_cycle_has_at_most_rank_2r(self, case):
+        state = case.state(exact=True)
+        change = merged_weight(perturbed(state, seed=case.seed)) - merged_weight(state)
+        A, B = low_rank(only_weight(state))
+        change = change.view(*A.shape[:-1], B.shape[-1])
+        assert (torch.linalg.matrix_rank(change, rtol=1e-9) <= 2 * case.r).all()
 
-    @given(ANY_SAMPLER, ANY_LAYOUT, SIZES, SIZES, ANY_WIDE_DTYPE, st.data(), SEEDS)
-    def test_the_residual_is_bit_identical_while_training(
-        self, sampler, layout, m, n, dtype, data, seed
-    ):
-        module = scattered_layer(layout, m, n, dtype, seed)
-        state = adapt_every_weight(module, data.draw(st.integers(1, min(m, n))), sampler=sampler)
-        before, start = state["frozen"].clone(), state["trainable"].clone()
+    @settings(max_examples=30)
+    @given(cases(dtypes=st.sampled_from(WIDE_DTYPES)))
+    def test_what_does_not_train_is_bit_identical_while_training(self, case):
+        module, state = case.module(), case.state()
+        before = {path: tensor.clone() for path, tensor in entries(state).items()}
         optimizer = torch.optim.AdamW(rosa_func.parameters(state), 0.1)
         for step in range(3):
-            x = layout.input(m, n, dtype, seed + step)
             optimizer.zero_grad()
-            rosa_func.call(module, state, x).square().sum().backward()
+            rosa_func.call(module, state, case.input(step)).square().sum().backward()
             optimizer.step()
-        assert all(torch.equal(before[name], t) for name, t in state["frozen"].items())
-        assert not torch.equal(start["weight", "B"], state["trainable", "weight", "B"])
+        for path, tensor in entries(state).items():
+            assert torch.equal(before[path], tensor) == (path[0] != "trainable"), path
 
 
 class TestPurity:
-    @pytest.mark.parametrize("sampler", SAMPLERS)
-    def test_no_function_changes_the_state_or_the_model(self, sampler):
-        module = nn.Sequential(scattered_layer(LINEAR, 6, 5, torch.float32, 0), nn.BatchNorm1d(6))
+    @settings(max_examples=60)
+    @given(cases(), ANY_SAMPLER, st.sampled_from([None, False, True]))
+    def test_no_function_changes_the_state_or_the_model(self, case, sampler, exact):
+        module = case.module()
         model, rng = model_snapshot(module), torch.get_rng_state()
-        state = rosa_func.init(module, 2, sampler=sampler, train="1", exact=True)
+        state = adapt_every_weight(module, case.r, exact=exact, sampler=case.sampler)
+        state = case.parts.put_into(state, exact)
         rosa_func.parameters(state)
         before = state_bytes(state)
         new = rosa_func.resample(state, 1, sampler=sampler)
         rosa_func.merge(state), rosa_func.compose(state), rosa_func.count(state)
+        rosa_func.call(module, state, case.input())
         assert state_bytes(state) == before
         assert model_snapshot(module) == model
         assert torch.equal(torch.get_rng_state(), rng)
         assert not any(t.requires_grad for t in new.values(True, True))
+
+    @settings(max_examples=30)
+    @given(cases(), ANY_SAMPLER)
+    def test_a_resampled_state_shares_no_memory_that_is_written_to(self, case, sampler):
+        """A support stays what it was; what trains and the residual are new."""
+        state = case.trained()
+        new = rosa_func.resample(state, 1, sampler=sampler)
+        kept = [t for path, t in entries(state).items() if path[0] != "fixed" and t.numel()]
+        made = [
+            t
+            for path, t in entries(new).items()
+            if path[0] != "fixed" and path[1] == "weight" and t.numel()
+        ]
+        assert not storage_pointers(kept) & storage_pointers(made)
 
     def test_a_state_shares_what_is_neither_adapted_nor_trained_with_the_model(self):
         module = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.BatchNorm1d(5))
@@ -279,7 +293,7 @@ class TestResample:
         for layout in LAYOUTS:
             state = adapt_every_weight(layout.build(5, 7), 2, sampler=samplers.lora)
             new = rosa_func.resample(state, 1, sampler=samplers.additive)["trainable", "weight"]
-            input_side, output_side = "AB"[layout.input_dim], "AB"[1 - layout.input_dim]
+            input_side, output_side = "AB"[layout.input_dim], "BA"[layout.input_dim]
             assert new[input_side].any() and not new[output_side].any()
 
     def test_resample_takes_factors_that_require_gradients(self):

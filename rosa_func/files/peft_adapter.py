@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rosa_func.targeting import is_conv1d
+from rosa_func.modules import is_conv1d
 
 Factors = tuple[Tensor, Tensor]
 

@@ -140,7 +140,7 @@ def _formed(value: Any, func: Callable[..., Any]) -> Any:
     if not isinstance(value, Composed):
         return value
     w = value.weight
-    if w.is_batch():
+    if w.is_batch() and not torch.compiler.is_compiling():  # a warning would break the graph
         warnings.warn(
             f"{getattr(func, '__name__', func)} forms a batch of {tuple(w.shape)} weights, since "
             "it has no rule by which factors are applied: that is right, and slow",
@@ -260,7 +260,7 @@ def _getitem(func: Any, w: Any, index: Any) -> Any:
         return NotImplemented
     if weight.base.select is None or not all(term.select for term in weight.terms):
         return NotImplemented
-    if weight.base.dense().ndim == 3 and (not isinstance(index, Tensor) or _is_place(index)):
+    if len(weight.base.shape) == 3 and (not isinstance(index, Tensor) or _is_place(index)):
         if not hasattr(w, "matrices"):
             looks: Looks = {}
             w.matrices = [_standing_for(each, looks) for each in unbound(weight)]

@@ -56,9 +56,9 @@ class LowRank(NamedTuple):
             return None
         return f"the factors have shapes {tuple(A)} and {tuple(B)}, which do not multiply to"
 
-    def product(self) -> Tensor:
-        """Return A B as matrices."""
-        return self.A @ self.B
+    def product(self, shape: torch.Size) -> Tensor:
+        """Return A B in the shape of the weight."""
+        return (self.A @ self.B).view(shape)
 
     def fold(self, W: Tensor) -> Tensor:
         """Return W + A B, in the dtype of W."""

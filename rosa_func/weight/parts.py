@@ -62,7 +62,10 @@ class Term(Protocol):
         """Dimensions of the weights to which `apply` can be applied: 2, or more for a batch."""
 
     def check(self, shape: torch.Size) -> str | None:
-        """Say what does not fit a weight of that shape, None if all does."""
+        """Say what does not fit a weight of that shape, None if all does.
+
+        It is asked at every call, by a compiler too: look at shapes, not at values.
+        """
 
     def fold(self, W: Tensor) -> Tensor:
         """Return the weight with the term in it: W -> W, for a W of any floating dtype."""
@@ -72,8 +75,8 @@ class Term(Protocol):
         """() -> the term that changes nothing, for after a merge; None: a sampler draws it."""
 
     @property
-    def product(self) -> Callable[[], Tensor] | None:
-        """() -> what `fold` adds to W, in W's shape; None if the term is not additive."""
+    def product(self) -> Callable[[torch.Size], Tensor] | None:
+        """(shape of W) -> what `fold` adds to W; None if the term is not additive."""
 
     @property
     def apply(self) -> Callable[[Tensor, bool, Tensor], Tensor] | None:

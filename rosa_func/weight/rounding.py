@@ -53,7 +53,7 @@ def split(
         base, lost = like.store(factors.taken_from(W, own))
     else:
         wide = A.dtype if kept is None else torch.promote_types(A.dtype, kept)
-        s, error = two_sum(W.to(wide), -factors.product().to(wide).view(W.shape))
+        s, error = two_sum(W.to(wide), -factors.product(W.shape).to(wide))
         base, lost = like.store(s)
         lost = error if lost is None else lost + error
     if kept is None:
@@ -82,7 +82,7 @@ def join(w: Weight) -> Tensor:
         if term.product is None:
             h, left = term.fold(h if left is None else h + left), None
         else:
-            h, error = two_sum(h, term.product().to(wide).view(h.shape))
+            h, error = two_sum(h, term.product(h.shape).to(wide))
             left = error if left is None else error + left
     return h if left is None else h + left
 
