@@ -380,6 +380,14 @@ def test_trainer_warns_of_nothing(run_example: RunExample, tmp_path: Path):
     assert (tmp_path / "out" / "merged" / "model.safetensors").exists()
 
 
+def test_the_benchmark_of_a_call_times_every_contender(run_example: RunExample):
+    done = run_example("benchmark_overhead", "--short")
+    assert done.code == 0
+    printed = {line.split()[0] for line in done.out.splitlines()}
+    assert {"plain", "peft", "call", "bind", "bound", "call/peft"} <= printed
+    assert "at most 1: not judged" in done.out
+
+
 def test_ddp_starts_its_processes_and_ends_all_of_them_in_one_line_when_interrupted(tmp_path: Path):
     """Ctrl-C in a terminal goes to the whole group of processes."""
     command = [sys.executable, "-u", str(EXAMPLES / "ddp.py"), "--short", "--cache", str(tmp_path)]
