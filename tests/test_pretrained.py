@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Model, ViTConfig, ViTForImageClassification
 
 import rosa_func
@@ -17,7 +19,7 @@ from references import global_state, main_output, state_bytes
 
 PEAK_MEMORY = """
 import sys, torch, rosa_func
-from transformers import AutoConfig, GPT2LMHeadModel
+from transformers import AutoConfig, GPT2LMHeadModel, MixtralForCausalLM
 
 
 def peak():
@@ -134,11 +136,23 @@ class TestConversions:
         assert state_bytes(state) == state_bytes(rosa_func.init(model.float(), 2))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_peak_memory_of_init_from_is_the_state_and_some_decompositions(tmp_path: Path):
+def _large_gpt2() -> nn.Module:
     sizes: Any = {"n_embd": 512, "n_head": 8, "n_layer": 12, "vocab_size": 30_000}
-    model = seeded(lambda: tiny_gpt2(**{"n_positions": 64, **sizes}, initializer_range=0.02))
-    model.save_pretrained(tmp_path)
+    return tiny_gpt2(**{"n_positions": 64, **sizes}, initializer_range=0.02)
+
+
+def _large_mixtral() -> nn.Module:
+    sizes: Any = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 16}
+    return MOE_BUILDERS["mixtral"](**sizes, num_local_experts=8)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("build", [_large_gpt2, _large_mixtral])
+def test_the_peak_memory_of_init_from_is_the_state_and_some_decompositions(
+    tmp_path: Path, build: Callable[[], nn.Module]
+):
+    # The 8 experts of a layer, 8 MiB, are held up to three times while they are stacked.
+    seeded(build).save_pretrained(tmp_path)
     command = [sys.executable, "-c", PEAK_MEMORY, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     above, held = map(int, done.stdout.split())
