@@ -1,14 +1,17 @@
 """Checkpoints whose tensors are not the model's own: transformers' conversions of old into new.
 
-All that the library uses of transformers beyond its public names is here. What a version lacks
-counts as nothing to convert.
+All that the library uses of transformers beyond what its documentation names is here. What a
+version lacks counts as nothing to convert.
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+from rosa_func.modules import unwrapped
 
 
 class Source(NamedTuple):
@@ -101,13 +104,12 @@ def names_of_old_experts(model: nn.Module) -> frozenset[str]:
     dense layer's, or a shared expert's.
     """
     try:
-        from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     except ImportError:
         return frozenset()
-    kind: Any = getattr(getattr(model, "config", None), "model_type", None)
-    like = "mixtral" if kind == "mixtral" else _MODEL_TO_CONVERSION_PATTERN.get(kind)
-    if like == "mixtral":
-        return frozenset({"gate", "w1", "w2", "w3"})
-    if like == "qwen2_moe":
-        return frozenset({"gate", "gate_proj", "up_proj", "down_proj"})
-    return frozenset()
+    kind: Any = getattr(getattr(unwrapped(model), "config", None), "model_type", None)
+    conversions: Any = get_checkpoint_conversion_mapping(kind) if kind else None  # type: ignore[no-untyped-call]
+    patterns = [pattern for each in conversions or () for pattern in each.source_patterns]
+    matches = (re.search(r"experts\.\*\.(\w+)\.weight", p.replace("\\", "")) for p in patterns)
+    found = {match[1] for match in matches if match}
+    return frozenset(found | {"gate"} if found else found)
