@@ -26,6 +26,7 @@ from cases import (
 )
 from models import randn, stock_model
 from references import (
+    dense_weights,
     model_snapshot,
     perturbed,
     state_bytes,
@@ -35,6 +36,7 @@ from rosa_func import samplers
 from rosa_func.weight import Weight, read
 from rosa_func.weight.layout import entries
 from rosa_func.weight.low_rank import low_rank
+from rosa_func.weight.rounding import factor_dtype
 
 pytestmark = [
     pytest.mark.usefixtures("toys"),
@@ -52,10 +54,11 @@ def merged_weight(state: TensorDict) -> Tensor:
 
 
 def unrounded(state: TensorDict) -> Tensor:
-    """Return R + c + A B of the only weight in float64."""
-    w = only_weight(state)
-    A, B = (factor.double() for factor in low_rank(w))
-    return w.base.dense().double() + w.lost.double() + (A @ B).view(w.shape)
+    """Return R + c + A B of the only weight in float64, and with it the other terms."""
+    w, wide = only_weight(state), state.apply(lambda t: t.double() if t.is_floating_point() else t)
+    R = w.base.dense().double()
+    wide["frozen", "weight"] = R if w.lost is None or not w.lost.numel() else R + w.lost.double()
+    return dense_weights(wide)["weight"]
 
 
 def of_dtype(dtype: torch.dtype) -> st.SearchStrategy[Case]:
@@ -97,6 +100,18 @@ class TestMergeReconstructs:
         W = case.module().weight.detach()
         off = (merged_weight(state) - W).abs()
         assert (off <= merge_bound(W, only_weight(state))).all()
+
+    @settings(max_examples=60)
+    @given(cases(), st.sampled_from([None, False, True]))
+    def test_a_merge_of_a_trained_state_is_the_fold_of_its_parts(self, case, exact):
+        state = case.trained(exact)
+        w, expected = only_weight(state), unrounded(state)
+        A, B = (factor.double().abs() for factor in low_rank(w))
+        largest = 2 * (w.base.dense().double().abs() + (A @ B).view(w.shape)) + 1  # scale < 2
+        wide = factor_dtype(case.dtype) if w.lost is None else w.lost.dtype
+        eps = torch.finfo(torch.promote_types(wide, factor_dtype(case.dtype))).eps
+        bound = torch.finfo(case.dtype).eps * expected.abs() + 4 * (case.r + 2) * eps * largest
+        assert ((merged_weight(state) - expected).abs() <= bound).all()
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @settings(max_examples=60)
