@@ -39,7 +39,8 @@ def resample(s: Settings) -> Times:
     rank, model = s.ranks[0], gpt2(s.model)
     state = rosa_func.init(model, rank)
     weights = rosa_func.merge(state)
-    matrices = [weights[name] for name in state["input_dim"].keys()]
+    numbers = rosa_func.count(state).weights
+    matrices = [weights[name] for name, (trained, _) in numbers.items() if trained]
     splits = [split(W, rank) for W in matrices]
     projection = partial(rosa_func.resample, sampler=rosa_func.samplers.projection)
     work = {

@@ -1,20 +1,28 @@
 """ROSA under DistributedDataParallel: the processes share each resample.
 
+    python examples/ddp.py [--processes 2] [--short] [--cache DIR]
     torchrun --nproc-per-node 2 examples/ddp.py [--short] [--cache DIR]
 
 Adapts the base model of quickstart.py (trained once, and cached) to source code, with the batch
-split over the processes. With gloo, so on CPUs; change the backend for others.
+split over the processes. The first command starts them itself, on this machine; torchrun starts
+them on several as well, and prints a traceback of its own when it is interrupted. With gloo, so on
+CPUs; change the backend for others.
 """
 
 import argparse
 import math
 import os
+import signal
 import sys
+import tempfile
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import RLock
 
 import torch
 import torch.distributed as dist
-from option_types import folder
+import torch.multiprocessing as multiprocessing
+from option_types import folder, positive
 from quickstart import (
     RATES,
     SHORT,
@@ -29,36 +37,76 @@ from quickstart import (
     total_nll,
 )
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import rosa_func
 from rosa_func import distributed
 from rosa_func.module import RosaModule
 
+INTERRUPTED = "interrupted: a base model that was finished stays cached"
+
 
 def main() -> None:
-    """Read the command line and join the other processes."""
+    """Read the command line, and start the processes or, started by torchrun, be one of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=positive, default=2, help="where torchrun starts none")
     parser.add_argument("--short", action="store_true", help="a tiny model and a few dozen steps")
     parser.add_argument("--cache", type=folder, default="runs/quickstart", help="the base model's")
     args = parser.parse_args()
-    if "RANK" not in os.environ:
-        sys.exit("start the processes with: torchrun --nproc-per-node 2 examples/ddp.py")
     base, budget = SHORT if args.short else (Base(), Budget())
+    if "RANK" not in os.environ:
+        start(args.processes, base, budget, args.cache)
+        return
     dist.init_process_group("gloo")
-    # DDP's reducer must be gone before the group: else its end waits, with the interpreter's lock,
-    # for a thread of gloo that may need this lock.
     try:
         adapt(base, budget, args.cache)
     except KeyboardInterrupt:
         if dist.get_rank() == 0:
-            print("interrupted: a base model that was finished stays cached", file=sys.stderr)
+            print(INTERRUPTED, file=sys.stderr)
         # At once: the end of the group would wait for processes that are ending themselves.
         os._exit(130)
     dist.destroy_process_group()
 
 
+def start(size: int, base: Base, budget: Budget, cache: Path) -> None:
+    """Start the processes and wait for them; Ctrl-C, which reaches all, is for this one to act on.
+
+    A process that fails ends the others; its traceback is raised here.
+    """
+    processes: list[BaseProcess] = []
+    try:
+        cached_base(base, cache)  # here, since a process that is killed leaves half of it behind
+        with tempfile.TemporaryDirectory() as meeting:
+            work = (size, Path(meeting) / "store", base, budget, cache)
+            usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # and so in processes started now
+            context = multiprocessing.spawn(joined, work, nprocs=size, join=False, daemon=True)
+            processes += context.processes
+            signal.signal(signal.SIGINT, usual)
+            while not context.join():
+                pass
+    except KeyboardInterrupt:
+        for process in processes:
+            process.kill()
+            process.join()
+        print(INTERRUPTED, file=sys.stderr)
+        sys.exit(130)
+
+
+def joined(rank: int, size: int, store: Path, base: Base, budget: Budget, cache: Path) -> None:
+    """Be one of the processes that `start` starts; they meet in a file."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // size))
+    tqdm.set_lock(RLock())  # of this process alone: a killed one would leave a shared one behind
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size)
+    adapt(base, budget, cache)
+    dist.destroy_process_group()
+
+
 def adapt(base: Base, budget: Budget, cache: Path) -> None:
-    """Train on this process's share of each batch, and report from the first."""
+    """Train on this process's share of each batch, and report from the first.
+
+    DDP's reducer must be gone before the group is destroyed: else the group's end waits, with the
+    interpreter's lock, for a thread of gloo that may need this lock. So it is local to this.
+    """
     rank, size = dist.get_rank(), dist.get_world_size()
     if rank == 0:
         cached_base(base, cache)

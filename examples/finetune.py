@@ -15,6 +15,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from finetune_data import (
 from finetune_options import RATES, deciding, files, label, logged, parse, refuse_other, set_aside
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.func import functional_call
 from tqdm import tqdm
 
 import rosa_func
@@ -40,31 +42,27 @@ import rosa_func
 SPLITS = ("train", "dev", "test")
 PROGRESS = ("step", "seconds", "cycle", "best")
 
+Forward = Callable[..., Any]  # the model with some weights
 
-def losses(model: nn.Module, state: TensorDict, batch: dict[str, Tensor]) -> Tensor:
+
+def losses(forward: Forward, batch: dict[str, Tensor]) -> Tensor:
     """Return the summed negative log-likelihood of the references."""
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    logits = rosa_func.call(model, state, **inputs, use_cache=False).logits
+    logits = forward(**inputs, use_cache=False).logits
     wanted = batch["labels"] != -100
     return F.cross_entropy(logits[wanted].float(), batch["labels"][wanted], reduction="sum")
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, state: TensorDict, examples: list[Example]) -> float:
-    """Return the mean negative log-likelihood of a reference's token, dropout off."""
-    model.eval()
+def evaluate(forward: Forward, examples: list[Example]) -> float:
+    """Return the mean negative log-likelihood of a reference's token."""
     examples = sorted(examples, key=lambda e: len(e[0]) + len(e[1]))  # little padding
     total, tokens = 0.0, 0
     for start in tqdm(range(0, len(examples), 16), "evaluate", leave=False):
         batch = collate(examples[start : start + 16])
-        total += losses(model, state, batch).item()
+        total += losses(forward, batch).item()
         tokens += int((batch["labels"] != -100).sum())
     return total / tokens
-
-
-def without_factors(frozen: dict[str, Tensor], trainable: dict[str, Tensor]) -> TensorDict:
-    """Return a state in which no weight is adapted."""
-    return TensorDict({"frozen": frozen, "trainable": trainable, "input_dim": {}})
 
 
 class Run:
@@ -76,11 +74,10 @@ class Run:
         self.peak = RATES[args.method] if args.rate is None else args.rate
         sampler = "lora" if args.method == "lora" else args.sampler
         self.sampler = getattr(rosa_func.samplers, sampler)
-        if args.method == "full":  # a state of which every parameter is trained in full
-            values = {name: p.detach().float().clone() for name, p in model.named_parameters()}
-            kept = model.state_dict().keys()
-            buffers = {name: b for name, b in model.named_buffers() if name in kept}
-            self.state = without_factors(buffers, values)
+        if args.method == "full":
+            state = rosa_func.init(model, train="*")
+            # What the optimizer writes to is float32: 16 bits would round small steps off.
+            self.state = state.replace({"trainable": state["trainable"].float()})
         else:
             try:
                 self.state = rosa_func.init(model, args.rank, key=args.seed, sampler=self.sampler)
@@ -91,15 +88,18 @@ class Run:
         parameters = rosa_func.parameters(self.state)
         self.optimizer = torch.optim.AdamW(parameters, self.peak, weight_decay=0.0)
         self.step, self.seconds, self.cycle = 0, 0.0, 0
-        self.best: dict[str, Any] = {"nll": math.inf, "step": 0, "state": None}
+        self.best: dict[str, Any] = {"nll": math.inf, "step": 0, "weights": None}
 
     def computing(self) -> TensorDict:
         """Return the state that the model computes with, in the model's dtype."""
         if self.args.method != "full":
             return self.state
-        dtype = getattr(torch, self.args.dtype)
-        cast = {name: w.to(dtype) for name, w in self.state["trainable"].items()}
+        cast = self.state["trainable"].to(getattr(torch, self.args.dtype))
         return self.state.replace({"trainable": cast})
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model with the state of the moment."""
+        return rosa_func.call(self.model, self.computing(), *args, **kwargs)
 
     def resample(self) -> None:
         """Begin a cycle: the schedule goes on, the optimizer with it."""
@@ -119,7 +119,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
-        loss = losses(self.model, self.computing(), batch) / (batch["labels"] != -100).sum()
+        loss = losses(self.forward, batch) / (batch["labels"] != -100).sum()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -131,14 +131,15 @@ class Run:
 
     def judge(self, dev: list[Example]) -> float:
         """Evaluate on dev, and keep the weights if they are the best so far."""
-        nll = evaluate(self.model, self.computing(), dev)
+        self.model.eval()  # dropout off
+        nll = evaluate(self.forward, dev)
         if not math.isfinite(nll):
             sys.exit(f"dev NLL is {nll} at step {self.step}: lower --rate {self.peak}")
         if nll < self.best["nll"]:
             merged = rosa_func.merge(self.computing())
             if self.args.method == "full":  # these are what the optimizer writes to
                 merged = {name: w.clone() for name, w in merged.items()}
-            self.best = {"nll": nll, "step": self.step, "state": without_factors(merged, {})}
+            self.best = {"nll": nll, "step": self.step, "weights": merged}
         return nll
 
     def save(self, path: Path) -> None:
@@ -226,7 +227,12 @@ def train(run: Run, splits: dict[str, list[Example]], log: Log, checkpoint: Path
 def report(run: Run, test: list[Example], log: Log) -> None:
     """Evaluate the best weights on test."""
     best, seconds = run.best, run.seconds / max(1, run.step)
-    nll = evaluate(run.model, best["state"], test)
+    run.model.eval()  # dropout off
+
+    def forward(**inputs: Any) -> Any:
+        return functional_call(run.model, best["weights"], (), inputs)
+
+    nll = evaluate(forward, test)
     log("test", run.step, nll=nll, perplexity=math.exp(nll), best=best["step"], dev=best["nll"])
     print(
         f"{label(run.args)}: {run.trainable:,} trainable values, {seconds:.2f} s/step, "

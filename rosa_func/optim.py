@@ -1,7 +1,10 @@
 """Carry an optimizer over a resample, whose state has new leaves."""
 
+import math
 import operator
-from collections.abc import Callable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -216,23 +219,28 @@ def carried(
     return slots
 
 
-def rewarm(schedule: Callable[[int], float], every: int, steps: int) -> Callable[[int], float]:
+def rewarm(
+    schedule: Callable[[int], float], every: int | Iterable[int], steps: int
+) -> Callable[[int], float]:
     """Return the schedule with a linear warm-up after each resample, for `LambdaLR`.
 
-        factor(t) = schedule(t) min(1, (t mod every + 1) / (steps + 1)),    for t >= every
+        factor(t) = schedule(t) min(1, (t - s + 1) / (steps + 1)),    s the last resample up to t
 
     The first cycle is left to the schedule's own warm-up.
 
     Args:
         schedule: from the step, counted from 0, to a factor of the rate.
-        every: steps between two resamples.
-        steps: of the warm-up; with 0 the schedule is what it was.
+        every: steps between two resamples; or, where these differ, the steps of the resamples
+            themselves, such as [100, 400].
+        steps: of the warm-up, fewer than from one resample to the next; with 0 the schedule is what
+            it was.
 
     Returns:
         A function from the step to a factor.
 
     Raises:
-        ValueError: if `every` is not positive, or `steps` is not in [0, every).
+        ValueError: if `every` is not positive or has a negative step, or if `steps` is negative or
+            not below the steps from one resample to the next.
         TypeError: if they are not ints.
 
     Source: Lialin et al. 2023, "ReLoRA", section 3 (the jagged schedule).
@@ -242,20 +250,38 @@ def rewarm(schedule: Callable[[int], float], every: int, steps: int) -> Callable
         >>> factor = rosa_func.optim.rewarm(lambda step: 1.0, every=4, steps=1)
         >>> [factor(step) for step in range(6)]
         [1.0, 1.0, 1.0, 1.0, 0.5, 1.0]
+        >>> factor = rosa_func.optim.rewarm(lambda step: 1.0, every=[1, 3], steps=1)
+        >>> [factor(step) for step in range(5)]
+        [1.0, 0.5, 1.0, 0.5, 1.0]
     """
-    every, steps = operator.index(every), operator.index(steps)
-    if every < 1:
-        raise ValueError(f"every is a positive number of steps, got {every}")
-    if not 0 <= steps < every:
-        raise ValueError(f"steps lies in [0, every) = [0, {every}), got {steps}")
+    steps = operator.index(steps)
+    last, shortest = _cycles(every)
+    if not 0 <= steps < shortest:
+        raise ValueError(
+            f"steps lies in [0, {shortest}), the steps from one resample to the next; got {steps}"
+        )
 
     def factor(step: int) -> float:
-        since = step % every
-        if step < every or since >= steps:
+        since = step - last(step)
+        if since == step or since >= steps:
             return schedule(step)
         return schedule(step) * ((since + 1) / (steps + 1))
 
     return factor
+
+
+def _cycles(every: int | Iterable[int]) -> tuple[Callable[[int], int], float]:
+    """Return what says where the cycle of a step began, and the shortest cycle after the first."""
+    if not isinstance(every, Iterable):
+        length = operator.index(every)
+        if length < 1:
+            raise ValueError(f"every is a positive number of steps, got {length}")
+        return lambda step: step - step % length, length
+    starts = sorted({0, *map(operator.index, every)})
+    if starts[0] < 0:
+        raise ValueError(f"every has steps counted from 0, got {starts[0]}")
+    lengths = [after - before for before, after in pairwise(starts[1:])]
+    return lambda step: starts[bisect_right(starts, step) - 1], min(lengths, default=math.inf)
 
 
 def check_moments(moments: str, fraction: float | None) -> None:

@@ -57,10 +57,7 @@ def places(model: nn.Module) -> Places:
     """Return the places of a model, from the last call if no part of it was replaced since."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model is an nn.Module, got {type(model).__name__}")
-    try:
-        found = _known.get(model)
-    except TypeError:  # a class of its own notion of equality, which cannot be a key
-        return _look(model)
+    found = _known.get(model)
     if found is None or not _is_current(found):
         found = _known[model] = _look(model)
     return found

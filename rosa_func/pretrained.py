@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -14,7 +14,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from rosa_func import modules, samplers, targeting
 from rosa_func.cycle import check_options, split_all
-from rosa_func.modules import skeleton
+from rosa_func.files import converted
+from rosa_func.modules import skeleton, some
 from rosa_func.patterns import Rank
 from rosa_func.samplers import Sampler
 from rosa_func.targeting import Targets
@@ -36,9 +37,10 @@ def init_from(
         skeleton, state = init_from(path, r)    is    model = from_pretrained(path)
                                                       skeleton(model), init(model, r)
 
-    without the model ever standing in memory beside the state. Each tensor keeps the dtype of its
-    file unless `dtype` says otherwise, and a `generation_config.json` is not read. Needs
-    transformers and safetensors.
+    without the model ever standing in memory beside the state. A tensor that is stored otherwise
+    than the model holds it, such as the experts of a layer one by one, is converted by transformers
+    when its turn comes. Each keeps the dtype of its file unless `dtype` says otherwise, and a
+    `generation_config.json` is not read. Needs transformers and safetensors.
 
     Args:
         path: a folder with `config.json`, which names the architecture, and `model.safetensors` or
@@ -57,7 +59,8 @@ def init_from(
     Raises:
         FileNotFoundError: if the folder lacks one of the files.
         KeyError: if the files lack a tensor of the model (named).
-        ValueError: if a shape differs from that of the config, or as `init`.
+        ValueError: if a shape differs from that of the config, if the tensors of experts do not go
+            together, or as `init`.
         TypeError: as `init`.
 
     Example:
@@ -82,11 +85,13 @@ def init_from(
         stored = files.locate(model)
 
         def read(name: str) -> Tensor:
-            tensor = files.read(stored[name])
+            tensor = files.read(name, stored[name], model)
             if tensor.shape != expected[name].shape:
+                keys, converter = stored[name].source.keys, stored[name].source.converter
+                what = keys[0] if converter is None else f"{name}, made of {some(keys)},"
                 raise ValueError(
-                    f"{stored[name]} has shape {tuple(tensor.shape)} in {folder}, and by the "
-                    f"config of {type(model).__name__} {tuple(expected[name].shape)}"
+                    f"{what} has shape {tuple(tensor.shape)} in {folder}, and by the config of "
+                    f"{type(model).__name__} {tuple(expected[name].shape)}"
                 )
             return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
@@ -113,33 +118,62 @@ class _Files:
             file = stack.enter_context(safe_open(folder / name, "pt", backend="pread"))
             self._file_of.update(dict.fromkeys(file.keys(), file))
 
-    def read(self, name: str) -> Tensor:
-        tensor: Tensor = self._file_of[name].get_tensor(name)
-        return tensor
+    def read(self, name: str, place: "_Place", model: nn.Module) -> Tensor:
+        """Return a tensor of the model."""
+
+        def read(key: str) -> Tensor:
+            tensor: Tensor = self._file_of[key].get_tensor(key)
+            return tensor
+
+        try:
+            return converted.made(place.alias, place.source, model, read)
+        except (RuntimeError, KeyError) as error:  # of torch.stack and torch.cat, where some lack
+            keys = place.source.keys
+            raise ValueError(
+                f"{name} of {type(model).__name__} cannot be made of {some(keys)} in "
+                f"{self._folder}; is a tensor missing? ({error})"
+            ) from error
 
     def dtype(self) -> torch.dtype:
         """Return the dtype of the first floating-point tensor."""
         kinds = (file.get_slice(name).get_dtype() for name, file in self._file_of.items())
         return next((_DTYPES[kind] for kind in kinds if kind in _DTYPES), torch.float32)
 
-    def locate(self, model: nn.Module) -> dict[str, str]:
-        """Return under what name each tensor of the model is stored.
+    def locate(self, model: nn.Module) -> "dict[str, _Place]":
+        """Return what each tensor of the model is stored as.
 
         A tied one may be stored under any of its names, and all with or without the name of the
         backbone, as transformers reads them too.
         """
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        stored = {}
+        sources = converted.sources(model, self._file_of)
+        if sources is None:
+            sources = self._under_own_names(model)
+        places = {}
         for name, aliases in modules.aliases(model).items():
-            variants = [v for a in aliases for v in (a, a.removeprefix(prefix), prefix + a)]
-            found = [variant for variant in variants if variant in self._file_of]
+            found = [alias for alias in aliases if alias in sources]
             if not found:
                 raise KeyError(
                     f"the files in {self._folder} lack {name} of {type(model).__name__}: load "
                     "the model with from_pretrained, which knows old and new names, and use init"
                 )
-            stored[name] = found[0]
-        return stored
+            places[name] = _Place(found[0], sources[found[0]])
+        return places
+
+    def _under_own_names(self, model: nn.Module) -> dict[str, converted.Source]:
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        sources: dict[str, converted.Source] = {}
+        for alias in model.state_dict():
+            for key in (alias, alias.removeprefix(prefix), prefix + alias):
+                if key in self._file_of:
+                    sources.setdefault(alias, converted.Source([key], []))
+        return sources
+
+
+class _Place(NamedTuple):
+    """Where a tensor of a model is stored: under which of its names, and made of what."""
+
+    alias: str
+    source: converted.Source
 
 
 _DTYPES = {

@@ -68,7 +68,9 @@ def plan(model: nn.Module, r: Rank | None, targets: Targets, train: str | Iterab
     else:
         adapted = _adapted(named, targets)
     if not adapted and not full:
-        raise ValueError("targets is empty: name at least one weight, or pass None")
+        raise ValueError(
+            "targets is empty: name at least one weight, or pass None; or train=... alone"
+        )
     if both := [name for name in adapted if name in set(full)]:
         raise ValueError(
             f"{some(both)} would be both adapted and trained in full; "
@@ -176,8 +178,6 @@ def _adapted(parameters: dict[str, Parameter], targets: Targets) -> list[str]:
                 raise ValueError(f"{pattern!r} in targets {near}")
             _refuse_vectors(f"{pattern!r} in targets", found, parameters)
             chosen.update(found)
-        if not chosen:
-            raise ValueError("targets is empty: name at least one weight, or pass None")
     return [name for name, p in parameters.items() if name in chosen and _is_matrix(name, p)]
 
 

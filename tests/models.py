@@ -185,19 +185,22 @@ _MOE: Any = {
 
 
 def _mixtral(**options: Any) -> nn.Module:
-    return MixtralForCausalLM(MixtralConfig(**_MOE, num_local_experts=4, **options))
+    config = {**_MOE, "num_local_experts": 4, **options}
+    return MixtralForCausalLM(MixtralConfig(**config))
 
 
 def _qwen2_moe(**options: Any) -> nn.Module:
     # Every layer has experts and a shared expert, whose gate is an nn.Linear of one output.
     shape: Any = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 40}
-    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**_MOE, **shape, num_experts=4, **options))
+    config = {**_MOE, "num_experts": 4, **shape, **options}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**config))
 
 
 def _qwen3_moe(**options: Any) -> nn.Module:
     # Heads of 8 dimensions instead of hidden_size / heads: q is 32 x 16.
     shape: Any = {"moe_intermediate_size": 32, "head_dim": 8}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_MOE, **shape, num_experts=4, **options))
+    config = {**_MOE, "num_experts": 4, **shape, **options}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**config))
 
 
 def _deepseek_v3(**options: Any) -> nn.Module:

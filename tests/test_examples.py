@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -378,13 +380,28 @@ def test_trainer_warns_of_nothing(run_example: RunExample, tmp_path: Path):
     assert (tmp_path / "out" / "merged" / "model.safetensors").exists()
 
 
-def test_ddp_without_torchrun_names_its_launcher(
-    run_example: RunExample, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.delenv("RANK", raising=False)
-    done = run_example("ddp", "--short")
-    assert done.code == 1
-    assert done.err == "start the processes with: torchrun --nproc-per-node 2 examples/ddp.py"
+def test_the_benchmark_of_a_call_times_every_contender(run_example: RunExample):
+    done = run_example("benchmark_overhead", "--short")
+    assert done.code == 0
+    printed = {line.split()[0] for line in done.out.splitlines()}
+    assert {"plain", "peft", "call", "bind", "bound", "call/peft"} <= printed
+    assert "at most 1: not judged" in done.out
+
+
+def test_ddp_starts_its_processes_and_ends_all_of_them_in_one_line_when_interrupted(tmp_path: Path):
+    """Ctrl-C in a terminal goes to the whole group of processes."""
+    command = [sys.executable, "-u", str(EXAMPLES / "ddp.py"), "--short", "--cache", str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, start_new_session=True) as run:
+        assert run.stdout is not None
+        said = iter(run.stdout.readline, "")
+        assert any(line.startswith("base model: cached in") for line in said)  # by one of them
+        os.killpg(run.pid, signal.SIGINT)
+        _, err = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert err.splitlines()[-1] == "interrupted: a base model that was finished stays cached"
+    assert "Traceback" not in err and "leaked" not in err
+    assert [path.name[:5] for path in tmp_path.iterdir()] == ["base-"]
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,8 @@ class TestFairness:
     def test_all_methods_share_one_schedule_except_where_rewarming_is_compared(self):
         def rates(method: plan.Method) -> list[float]:
             cell = plan.Cell(SETTING, method, 0.5, 0, "final")
-            resamples = set(adapting.cycle_starts(method, 7))
-            return [training.rate(cell, step, resamples) for step in range(7)]
+            rate = training.schedule(cell, set(adapting.cycle_starts(method, 7)))
+            return [rate(step) for step in range(7)]
 
         usual = rates(METHODS[0])
         assert usual == pytest.approx([0.25, 0.5, 0.5, 0.4, 0.3, 0.2, 0.1])

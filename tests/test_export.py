@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensordict import TensorDict
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel
@@ -183,6 +183,22 @@ class TestToPeft:
             export.to_peft(tmp_path / "adapter", model, state)
         assert not (tmp_path / "adapter").exists()
 
+    def test_to_peft_refuses_a_state_that_adapts_nothing(self, tmp_path: Path):
+        model = seeded(tiny_gpt2)
+        state = perturbed(rosa_func.init(model, targets=(), train="*"))
+        with pytest.raises(ValueError, match=r"adapts no weight, .* use export.to_module"):
+            export.to_peft(tmp_path / "adapter", model, state)
+        assert not (tmp_path / "adapter").exists()
+
+    def test_to_peft_warns_of_a_tied_weight_that_peft_must_not_merge(self, tmp_path: Path):
+        model = seeded(tiny_gpt2)
+        state = rosa_func.init(model, 2, targets=["wte", "c_attn"])
+        with pytest.warns(UserWarning, match=r"wte.weight, lm_head.weight are one .* not merge it"):
+            export.to_peft(tmp_path, model, state)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            export.to_peft(tmp_path, model, rosa_func.init(model, 2))
+
     def test_to_peft_refuses_a_skeleton(self, tmp_path: Path):
         model = seeded(tiny_gpt2)
         state = rosa_func.init(model, 2)
@@ -301,6 +317,29 @@ class TestFromPeftRefusals:
         write_peft_adapter(half, "gpt2-small", r=2, target_modules=["wte"])
         with pytest.raises(ValueError, match=r"wte.weight, lm_head.weight are one tied weight"):
             export.from_peft(stock_model("gpt2-small").model, half)
+
+    def test_from_peft_refuses_an_adapter_of_another_size(self, tmp_path: Path):
+        write_peft_adapter(tmp_path, "gpt2-small", r=2, target_modules=["c_attn"])
+        message = r"c_attn.weight of shape \(48, 144\), and GPT2LMHeadModel has .* \(16, 48\)"
+        with pytest.raises(ValueError, match=message):
+            export.from_peft(seeded(lambda: tiny_gpt2(4)), tmp_path)
+        saved = tmp_path / "saved"
+        options = {"target_modules": ["h.0.attn.c_attn"], "modules_to_save": ["ln_f"]}
+        write_peft_adapter(saved, "gpt2-small", r=2, **options)
+        file = saved / "adapter_model.safetensors"
+        tensors = {k: v for k, v in load_file(file).items() if "ln_f" in k}
+        save_file(tensors, file)
+        with pytest.raises(ValueError, match=r"ln_f.* of shape \(48,\), and GPT2L.* \(16,\)"):
+            export.from_peft(seeded(lambda: tiny_gpt2(4)), saved)
+
+    def test_from_peft_names_a_factor_that_is_missing(self, tmp_path: Path):
+        write_peft_adapter(tmp_path, "gpt2-small", r=2, target_modules=["c_attn"])
+        file = tmp_path / "adapter_model.safetensors"
+        tensors = load_file(file)
+        del tensors["base_model.model.transformer.h.0.attn.c_attn.lora_B.weight"]
+        save_file(tensors, file)
+        with pytest.raises(KeyError, match=r"lacks base_model.*h.0.attn.c_attn.lora_B.weight"):
+            export.from_peft(stock_model("gpt2-small").model, tmp_path)
 
 
 def test_to_peft_and_back_keeps_a_head_trained_in_full(tmp_path: Path):

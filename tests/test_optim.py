@@ -1,6 +1,7 @@
 """An optimizer across a resample: what is kept, what is reset, what is projected."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -394,10 +395,34 @@ class TestRewarm:
             if not steps:
                 assert factor(step) == 0.9**step
 
+    @given(resamples=st.sets(st.integers(1, 30)), warmup=st.integers(0, 3), regular=st.booleans())
+    def test_the_rate_rises_from_the_last_resample_where_cycles_differ(
+        self, resamples: set[int], warmup: int, regular: bool
+    ):
+        starts = sorted(resamples)
+        if regular:
+            starts = list(range(0, 30, 7))  # the first cycle begins at 0 and has no ramp
+        steps = min([warmup, *(b - a - 1 for a, b in itertools.pairwise(starts))])
+        factor = rosa_func.optim.rewarm(lambda step: 0.9**step, starts, steps)
+        for step in range(40):
+            last = max((start for start in starts if start <= step), default=0)
+            expected = min(1.0, (step - last + 1) / (steps + 1)) if last else 1.0
+            assert factor(step) == pytest.approx(0.9**step * expected)
+        if regular:
+            other = rosa_func.optim.rewarm(lambda step: 0.9**step, 7, steps)
+            assert [factor(step) for step in range(35)] == [other(step) for step in range(35)]
+
     def test_rewarm_refuses_wrong_steps(self):
         with pytest.raises(ValueError, match="positive number of steps, got 0"):
             rosa_func.optim.rewarm(lambda step: 1.0, 0, 0)
-        with pytest.raises(ValueError, match=r"\[0, 3\), got 3"):
-            rosa_func.optim.rewarm(lambda step: 1.0, 3, 3)
+        for every in (3, [1, 10, 13]):
+            with pytest.raises(ValueError, match=r"\[0, 3\), the steps from one .*; got 3"):
+                rosa_func.optim.rewarm(lambda step: 1.0, every, 3)
+        with pytest.raises(ValueError, match="got -1"):
+            rosa_func.optim.rewarm(lambda step: 1.0, [5], -1)
+        with pytest.raises(ValueError, match="steps counted from 0, got -5"):
+            rosa_func.optim.rewarm(lambda step: 1.0, [5, -5], 1)
         with pytest.raises(TypeError):
             rosa_func.optim.rewarm(lambda step: 1.0, 3.5, 1)  # type: ignore[arg-type]
+        with pytest.raises(TypeError):
+            rosa_func.optim.rewarm(lambda step: 1.0, [3.5], 1)  # type: ignore[list-item]

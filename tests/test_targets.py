@@ -51,6 +51,14 @@ def test_a_fraction_is_of_the_smaller_side_rounded_down_and_at_least_one(m, n, f
         }
 
 
+@pytest.mark.parametrize("none", [(), []])
+def test_with_no_targets_what_is_in_train_is_all_that_trains(none):
+    model = two_layers()
+    state = rosa_func.init(model, targets=none, train="*")
+    assert set(state["trainable"].keys()) == set(dict(model.named_parameters()))
+    assert not state["input_dim"].keys()
+
+
 def test_the_first_match_of_a_mapping_counts():
     model = seeded(lambda: tiny_gpt2(layers=1))
     ranks = adapted_ranks(model, {"c_attn": 3, "*mlp*": 0.5, "*": 1})

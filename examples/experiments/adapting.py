@@ -27,7 +27,7 @@ class Run:
         self.cell, self.batches, self.loss = cell, task.batches, task.loss
         self.evaluated, self.solve, self.model = task.evaluate, task.solve, task.model
         if cell.method.sampler == "full":
-            self.state = everything(task.model, alone=cell.method.train == "matrices")
+            self.state = everything(task.model, matrices=cell.method.train == "matrices")
         else:
             options = {"targets": None, "train": task.train, "key": cell.seed}
             options["sampler"] = self.sampler(lambda: dict(task.model.named_parameters()), 0)
@@ -44,24 +44,12 @@ class Run:
     def groups(self) -> list[dict[str, Any]]:
         """Return the parameters by side, since a side may have a rate of its own or none."""
         method = self.cell.method
-        sides: dict[str, list[Tensor]] = {"input": [], "output": [], "full": []}
-        rosa_func.parameters(self.state)  # sets requires_grad
-        for name, value in self.state["trainable"].items():
-            if isinstance(value, Tensor):
-                sides["full"].append(value)
-            else:
-                order = "AB" if int(self.state["input_dim", name]) == 0 else "BA"
-                sides["input"].append(value[order[0]])
-                sides["output"].append(value[order[1]])
-        if method.train in ("input", "output"):
-            for leaf in sides.pop("output" if method.train == "input" else "input"):
-                leaf.requires_grad_(False)
-        times = {"output": method.ratio}
-        return [
-            {"params": leaves, "times": times.get(side, 1.0)}
-            for side, leaves in sides.items()
-            if leaves
-        ]
+        return rosa_func.optim.groups(
+            self.state,
+            input=None if method.train == "output" else {"times": 1.0},
+            output=None if method.train == "input" else {"times": method.ratio},
+            full={"times": 1.0},
+        )
 
     def sampler(self, weights: Callable[[], dict[str, Tensor]], step: int) -> Sampler:
         """Return the method's sampler; `weights`, for a gradient, is called where one is needed."""
@@ -135,14 +123,10 @@ def cycle_starts(method: Method, steps: int) -> Iterator[int]:
         length *= method.growth
 
 
-def everything(model: nn.Module, alone: bool = False) -> TensorDict:
-    """Return a state that trains every parameter, or alone those that factors would adapt."""
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    chosen = weights.keys()
-    if alone:
-        chosen = rosa_func.init(model, 1, sampler=rosa_func.samplers.lora)["input_dim"].keys()
-    full = {name: weights[name].clone() for name in chosen}
-    kept = model.state_dict().keys()
-    frozen = {name: b for name, b in model.named_buffers() if name in kept}
-    frozen |= {name: w for name, w in weights.items() if name not in full}
-    return TensorDict({"frozen": frozen, "trainable": full, "input_dim": {}})
+def everything(model: nn.Module, matrices: bool = False) -> TensorDict:
+    """Return a state that trains every parameter in full, or those matrices that have factors."""
+    train = ["*"]
+    if matrices:
+        like = rosa_func.init(model, 1, sampler=rosa_func.samplers.lora)
+        train = [name for name, (values, _) in rosa_func.count(like).weights.items() if values]
+    return rosa_func.init(model, train=train)

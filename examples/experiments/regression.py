@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+import rosa_func
+
 from .task import Forward, Metrics, Task
 
 Batch = tuple[Tensor, Tensor]
@@ -70,9 +72,9 @@ def network(weights: list[Tensor]) -> nn.Sequential:
 
 def solve(state: TensorDict, optimum: Tensor, L: Tensor) -> None:
     """Set A B to the least-squares solution of its rank: Eckart-Young in the metric L L^T of x."""
-    (name,) = state["trainable"].keys()
-    A, B = (state["trainable", name, factor].detach() for factor in "AB")
-    U, S, Vh = torch.linalg.svd((optimum - state["frozen", name]) @ L, full_matrices=False)
+    A, B = (leaf.detach() for leaf in rosa_func.parameters(state))
+    (R,) = state["frozen"].values()
+    U, S, Vh = torch.linalg.svd((optimum - R) @ L, full_matrices=False)
     r = A.shape[1]
     A.copy_(U[:, :r] * S[:r])
     B.copy_(torch.linalg.solve_triangular(L, Vh[:r], upper=False, left=False))

@@ -3,7 +3,8 @@
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -43,6 +44,7 @@ def trained(cell: Cell, load: Callable[[], Task], tick: Callable[[], None]) -> I
     stream, seconds, loss = task.batches(cell.seed), 0.0, 0.0
     best, kept = math.inf, run.state
     resamples = set(cycle_starts(cell.method, cell.steps))
+    rate = schedule(cell, resamples)
     for step in range(cell.steps + 1):
         if step == cell.steps or step % setting["eval_every"] == 0:
             metrics: dict[str, Any] = dict(run.evaluate("dev"))
@@ -61,7 +63,7 @@ def trained(cell: Cell, load: Callable[[], Task], tick: Callable[[], None]) -> I
         start = time.perf_counter()
         if step in resamples:
             run.resample(step)
-        loss = run.train(next(stream), rate(cell, step, resamples))
+        loss = run.train(next(stream), rate(step))
         seconds += time.perf_counter() - start
         tick()
     end = {"event": "end", "trainable": run.trainable, "seconds": seconds, "steps": step}
@@ -98,13 +100,13 @@ def cost(cell: Cell, load: Callable[[], Task], tick: Callable[[], None]) -> Iter
     yield end | {"peak_mib": peak_memory_of_this_process() - before}
 
 
-def rate(cell: Cell, step: int, resamples: set[int]) -> float:
-    """Warm up, then fall linearly to zero, over the whole run, the same for every method."""
-    usual = rate_at(step, cell.rate, cell.setting["warmup"], cell.steps)
-    since = step - max((s for s in resamples if s <= step), default=0)
-    if cell.method.rewarm and step > since:
-        usual *= min(1.0, (since + 1) / (cell.method.rewarm + 1))
-    return usual
+def schedule(cell: Cell, resamples: Collection[int]) -> Callable[[int], float]:
+    """Return the rate of a step: over the whole run a warm-up, then a linear fall to zero.
+
+    It is the same for every method but those that also warm up after a resample.
+    """
+    usual = partial(rate_at, peak=cell.rate, warmup=cell.setting["warmup"], steps=cell.steps)
+    return rosa_func.optim.rewarm(usual, resamples, cell.method.rewarm)
 
 
 def spectrum(model: nn.Module, state: TensorDict) -> dict[str, Any]:

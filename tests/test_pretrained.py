@@ -3,21 +3,23 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Model
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Model, ViTConfig, ViTForImageClassification
 
 import rosa_func
-from models import seeded, stock_model, tiny_gpt2
+from models import MOE_BUILDERS, MOE_NAMES, seeded, stock_model, stock_moe, tiny_gpt2
 from references import global_state, main_output, state_bytes
 
 PEAK_MEMORY = """
 import sys, torch, rosa_func
-from transformers import AutoConfig, GPT2LMHeadModel
+from transformers import AutoConfig, GPT2LMHeadModel, MixtralForCausalLM
 
 
 def peak():
@@ -31,6 +33,15 @@ model, state = rosa_func.init_from(sys.argv[1], r=8)
 held = sum(t.nbytes for t in state.values(True, True))
 print(peak() - before - held, held)
 """
+
+SHARDS: dict[str, Any] = {"max_shard_size": "8KB"}
+
+
+def _vit() -> ViTForImageClassification:
+    sizes: Any = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
+    return ViTForImageClassification(
+        ViTConfig(image_size=8, patch_size=4, num_hidden_layers=2, **sizes)
+    )
 
 
 class TestEquality:
@@ -77,11 +88,71 @@ class TestEquality:
         assert state_bytes(state) == state_bytes(rosa_func.init(model, 2))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_peak_memory_of_init_from_is_the_state_and_some_decompositions(tmp_path: Path):
+class TestConversions:
+    @pytest.mark.parametrize("name", MOE_NAMES)
+    @pytest.mark.parametrize("options", [{}, {"save_original_format": False}, SHARDS], ids=str)
+    def test_init_from_gives_the_state_of_a_model_whose_experts_are_stored_one_by_one(
+        self, tmp_path: Path, name: str, options: dict[str, Any]
+    ):
+        case = stock_moe(name)
+        case.model.save_pretrained(tmp_path, **options)
+        model, state = rosa_func.init_from(tmp_path, 1, key=3, train="norm")
+        expected = rosa_func.init(case.model, 1, key=3, train="norm")
+        assert state_bytes(state) == state_bytes(expected)
+        assert all(p.is_meta for p in model.parameters())
+        one, other = (
+            main_output(rosa_func.call(used, state, *case.args, **case.kwargs))
+            for used in (model, case.model)
+        )
+        assert torch.equal(one, other)
+        # Where tensors lie in memory, decompositions may differ in their last bits; W does not.
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        lora = rosa_func.samplers.lora
+        _, state = rosa_func.init_from(tmp_path, 1, key=3, sampler=lora)
+        assert state_bytes(state) == state_bytes(rosa_func.init(loaded, 1, key=3, sampler=lora))
+
+    def test_init_from_loads_the_backbone_of_a_mixture_as_its_own_class(self, tmp_path: Path):
+        model = stock_moe("mixtral").model
+        model.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(
+            json.dumps({**config, "architectures": ["MixtralModel"]})
+        )
+        _, state = rosa_func.init_from(tmp_path, 2)
+        assert state_bytes(state) == state_bytes(rosa_func.init(model.model, 2))
+
+    def test_init_from_gives_the_state_of_a_model_whose_weights_are_renamed(self, tmp_path: Path):
+        model = seeded(_vit).eval()
+        model.save_pretrained(tmp_path)
+        stored = set(load_file(tmp_path / "model.safetensors"))
+        assert not stored <= set(model.state_dict())
+        _, state = rosa_func.init_from(tmp_path, 2, train="head")
+        assert state_bytes(state) == state_bytes(rosa_func.init(model, 2, train="head"))
+
+    def test_init_from_converts_to_a_dtype(self, tmp_path: Path):
+        model = stock_moe("qwen3-moe", dtype=torch.bfloat16).model
+        model.save_pretrained(tmp_path)
+        _, state = rosa_func.init_from(tmp_path, 2, dtype=torch.float32)
+        assert state_bytes(state) == state_bytes(rosa_func.init(model.float(), 2))
+
+
+def _large_gpt2() -> nn.Module:
     sizes: Any = {"n_embd": 512, "n_head": 8, "n_layer": 12, "vocab_size": 30_000}
-    model = seeded(lambda: tiny_gpt2(**{"n_positions": 64, **sizes}, initializer_range=0.02))
-    model.save_pretrained(tmp_path)
+    return tiny_gpt2(**{"n_positions": 64, **sizes}, initializer_range=0.02)
+
+
+def _large_mixtral() -> nn.Module:
+    sizes: Any = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 16}
+    return MOE_BUILDERS["mixtral"](**sizes, num_local_experts=8)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("build", [_large_gpt2, _large_mixtral])
+def test_the_peak_memory_of_init_from_is_the_state_and_some_decompositions(
+    tmp_path: Path, build: Callable[[], nn.Module]
+):
+    # The 8 experts of a layer, 8 MiB, are held up to three times while they are stacked.
+    seeded(build).save_pretrained(tmp_path)
     command = [sys.executable, "-c", PEAK_MEMORY, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     above, held = map(int, done.stdout.split())
@@ -126,9 +197,27 @@ class TestRefusals:
         with pytest.raises(TypeError, match=r"dtype is None or one of .* got 'float32'"):
             rosa_func.init_from(tmp_path, 2, dtype="float32")
 
-    def test_init_from_refuses_weights_that_transformers_renames(self, tmp_path: Path):
-        stock_model("vit").model.save_pretrained(tmp_path)
+    @pytest.mark.parametrize("build", [_vit, MOE_BUILDERS["mixtral"]], ids=["vit", "mixtral"])
+    def test_init_from_refuses_old_names_where_transformers_has_no_conversions(
+        self, tmp_path: Path, build, monkeypatch
+    ):
+        seeded(build).save_pretrained(tmp_path)
+        monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
         with pytest.raises(KeyError, match="from_pretrained, which knows old and new names"):
+            rosa_func.init_from(tmp_path, 2)
+
+    def test_init_from_names_the_experts_of_which_one_is_missing(self, tmp_path: Path):
+        seeded(MOE_BUILDERS["mixtral"]).save_pretrained(tmp_path)
+        file = tmp_path / "model.safetensors"
+        tensors = load_file(file)
+        expert = "model.layers.1.block_sparse_moe.experts.3"
+        del tensors[f"{expert}.w3.weight"]
+        save_file(tensors, file)
+        with pytest.raises(ValueError, match=r"1.mlp.experts.gate_up_proj .*\.0\.w1.*missing\?"):
+            rosa_func.init_from(tmp_path, 2)
+        del tensors[f"{expert}.w1.weight"]
+        save_file(tensors, file)
+        with pytest.raises(ValueError, match=r"made of .* has shape \(3, 48, 16\).*\(4, 48, 16\)"):
             rosa_func.init_from(tmp_path, 2)
 
     def test_init_from_refuses_what_init_refuses(self, tmp_path: Path):

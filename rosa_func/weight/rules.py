@@ -1,0 +1,191 @@
+"""The rules of composed weights: what each operation in which modules use a weight does with it."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rosa_func._torch import GROUPED_PRODUCTS, is_eager, without_autocast
+from rosa_func.weight import product
+from rosa_func.weight.composed import (
+    OPERATOR_RULES,
+    RULES,
+    Composed,
+    Looks,
+    formed,
+    getter,
+    standing_for,
+)
+from rosa_func.weight.parts import Weight, tensors, unbound
+
+
+def _is_weight(w: Any, *others: Any) -> bool:
+    return isinstance(w, Composed) and not any(isinstance(other, Composed) for other in others)
+
+
+def _linear(func: Any, x: Any, w: Any, bias: Any = None) -> Any:
+    if isinstance(x, Composed) or isinstance(bias, Composed):
+        return NotImplemented
+    return product.right(x, w.weight, bias, flipped=not w.weight.flipped)
+
+
+def _addmm(func: Any, bias: Any, x: Any, w: Any) -> Any:
+    if not _is_weight(w, x, bias):
+        return NotImplemented
+    return product.right(x, w.weight, bias, flipped=w.weight.flipped)
+
+
+def _matmul(func: Any, left: Any, right: Any) -> Any:
+    if _is_weight(right, left):
+        w = right.weight
+        if right.ndim == 2:
+            return product.right(left, w, flipped=w.flipped)
+        return product.batched(left, w, flipped=w.flipped) if left.ndim > 1 else NotImplemented
+    if _is_weight(left, right):  # W x = (x^T W^T)^T
+        w = left.weight
+        if left.ndim > 2:
+            flipped = not w.flipped
+            return product.batched(right.mT, w, flipped).mT if right.ndim > 1 else NotImplemented
+        if right.ndim == 1:
+            return product.right(right, w, flipped=not w.flipped)
+        return product.right(right.mT, w, flipped=not w.flipped).mT
+    return NotImplemented
+
+
+def _rmatmul(func: Any, right: Any, left: Any) -> Any:
+    return _matmul(func, left, right)
+
+
+def _embedding(
+    func: Any,
+    indices: Any,
+    w: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    if max_norm is not None or scale_grad_by_freq or not _is_weight(w, indices) or w.ndim != 2:
+        return NotImplemented
+    weight = w.weight
+    if weight.flipped or not all(term.ndim == 2 and term.rows for term in weight.terms):
+        return NotImplemented
+    # torch.embedding ignores autocast, so the factors' product does.
+    with without_autocast(w.device):
+        rows = func(indices, weight.base.dense())
+        for term in weight.terms:
+            more = term.rows(func, indices)
+            if padding_idx is not None:
+                # A padded row gives no gradient to the weight, so none to A and none to B.
+                padded = (indices == padding_idx % w.shape[0]).unsqueeze(-1)
+                more = torch.where(padded, more.detach(), more)
+            rows = rows + more
+    return rows
+
+
+def _embedding_bag(func: Any, indices: Any, w: Any, *args: Any, **kwargs: Any) -> Any:
+    """Form the weight, whose gradient is dense even where that of a parameter would be sparse."""
+    if not _is_weight(w, indices):
+        return NotImplemented
+    return func(indices, formed(w, func), *args, **kwargs | {"sparse": False})
+
+
+def _convolution(
+    func: Any,
+    x: Any,
+    w: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    if groups != 1 or not _is_weight(w, x, bias) or w.weight.flipped:
+        return NotImplemented
+    base, terms = w.weight.base, w.weight.terms
+    if not all(term.ndim == 2 and term.convolve for term in terms):
+        return NotImplemented
+    out = func(x, base.dense(), bias, stride, padding, dilation)
+    for term in terms:
+        out = out + term.convolve(func, x, base.shape, stride, padding, dilation)
+    return out
+
+
+def _transpose(func: Any, w: Any, *dims: Any, **named: Any) -> Any:
+    dims, ndim = (*dims, *named.values()), w.ndim
+    swaps_last_two = not dims or {dim % ndim for dim in dims} == {ndim - 2, ndim - 1}
+    # Without dimensions, only mT is about the last two of more than two.
+    is_known = ndim == 2 or (w.weight.is_batch() and (dims or func == getter("mT")))
+    return standing_for(_flipped(w.weight), {}) if is_known and swaps_last_two else NotImplemented
+
+
+def _getitem(func: Any, w: Any, index: Any) -> Any:
+    """Take one matrix of a batch, or several."""
+    weight = w.weight
+    if not weight.is_batch() or not isinstance(index, int | Tensor) or isinstance(index, bool):
+        return NotImplemented
+    if isinstance(index, Tensor) and (index.is_floating_point() or index.dtype == torch.bool):
+        return NotImplemented
+    if weight.base.select is None or not all(term.select for term in weight.terms):
+        return NotImplemented
+    if len(weight.base.shape) == 3 and (not isinstance(index, Tensor) or _is_place(index)):
+        if not hasattr(w, "matrices"):
+            looks: Looks = {}
+            w.matrices = [standing_for(each, looks) for each in unbound(weight)]
+        return w.matrices[int(index)]
+    base = weight.base.select(index)
+    terms = tuple(term.select(index) for term in weight.terms)
+    return standing_for(weight._replace(base=base, terms=terms), {})
+
+
+def _is_place(index: Tensor) -> bool:
+    """Return whether an index is one number, which can be read without a compiler's notice."""
+    return index.ndim == 0 and is_eager()
+
+
+def _grouped(
+    func: Any, x: Any, w: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None
+) -> Any:
+    if not _is_weight(w, x) or x.ndim != 2 or offs is None or bias is not None or out_dtype:
+        return NotImplemented
+    return product.grouped(lambda x, M: func(x, M, offs=offs), x, w.weight)
+
+
+def _requires_grad(func: Any, w: Any) -> bool:
+    # Not that of a dense weight, which is False where gradients are off.
+    return any(t.requires_grad for t in tensors(w.weight))
+
+
+def _flipped(w: Weight) -> Weight:
+    return w._replace(flipped=not w.flipped)
+
+
+# The operations in which modules use their weights.
+RULES.update(
+    {
+        F.linear: _linear,
+        F.embedding: _embedding,
+        F.embedding_bag: _embedding_bag,
+        F.conv1d: _convolution,
+        F.conv2d: _convolution,
+        F.conv3d: _convolution,
+        torch.addmm: _addmm,
+        **dict.fromkeys(
+            [torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm], _matmul
+        ),
+        Tensor.__matmul__: _matmul,
+        Tensor.__rmatmul__: _rmatmul,
+        **dict.fromkeys(
+            [torch.t, Tensor.t, torch.transpose, Tensor.transpose, *map(getter, ("T", "mT"))],
+            _transpose,
+        ),
+        Tensor.__getitem__: _getitem,
+        **dict.fromkeys(GROUPED_PRODUCTS, _grouped),
+        getter("requires_grad"): _requires_grad,
+    }
+)
+
+# Operators exist only once their library is imported.
+OPERATOR_RULES["transformers::grouped_mm_fallback"] = _grouped
