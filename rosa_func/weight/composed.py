@@ -142,10 +142,11 @@ def formed(value: Any, func: Callable[..., Any]) -> Any:
     """Return the dense weight for a composed one, anything else as it is."""
     if not isinstance(value, Composed):
         return value
-    w = value.weight
-    if w.is_batch() and not torch.compiler.is_compiling():  # a warning would break the graph
+    w, name = value.weight, getattr(func, "__name__", func)
+    # To show it may take long; and a warning would break a compiler's graph.
+    if w.is_batch() and name != "__repr__" and not torch.compiler.is_compiling():
         warnings.warn(
-            f"{getattr(func, '__name__', func)} forms a batch of {tuple(w.shape)} weights, since "
+            f"{name} forms a batch of {tuple(w.shape)} weights, since "
             "it has no rule by which factors are applied: that is right, and slow",
             stacklevel=4,
         )
