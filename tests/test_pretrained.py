@@ -147,17 +147,23 @@ def _large_mixtral() -> nn.Module:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("build", [_large_gpt2, _large_mixtral])
+@pytest.mark.parametrize(
+    ("build", "allowed"),
+    [
+        (_large_gpt2, 64 << 20),
+        # The 8 experts of a layer, 8 MiB, are held up to three times while they are stacked.
+        (_large_mixtral, 128 << 20),
+    ],
+)
 def test_the_peak_memory_of_init_from_is_the_state_and_some_decompositions(
-    tmp_path: Path, build: Callable[[], nn.Module]
+    tmp_path: Path, build: Callable[[], nn.Module], allowed: int
 ):
-    # The 8 experts of a layer, 8 MiB, are held up to three times while they are stacked.
     seeded(build).save_pretrained(tmp_path)
     command = [sys.executable, "-c", PEAK_MEMORY, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     above, held = map(int, done.stdout.split())
     assert held > 200e6
-    assert above <= 64 << 20
+    assert above <= allowed
 
 
 class TestRefusals:
