@@ -154,8 +154,8 @@ def delta(
         w, W0 = adapted[name], pretrained[name]
         factors = low_rank(w)
         shape = (*factors.A.shape[:-2], *factors.matrix_shape)
-        W = rounding.join(w).double().view(shape)
-        D = W - W0.view(shape).to(W)
+        W = rounding.join(w).double().reshape(shape)
+        D = W - W0.reshape(shape).to(W)
         dtype = rounding.factor_dtype(W0.dtype)
         return factored(D, W.norm(dim=(-2, -1)), tol=tol, rank=rank, dtype=dtype)
 
@@ -204,10 +204,13 @@ def apply_delta(model: nn.Module, delta: TensorDict) -> dict[str, Tensor]:
         raise KeyError(f"the delta has no entry {min(missing)!r}; it has {sorted(delta.keys())}")
     modules.refuse_meta(model)
     weights = modules.tensors(model)
-    own = {canonical(name): name for name in weights}
+    own: dict[str, str | None] = {}
+    for name in weights:  # None: it could be either
+        own[canonical(name)] = None if canonical(name) in own else name
 
     def named(name: str) -> str:
-        if (found := own.get(canonical(name))) is None:
+        found = name if name in weights else own.get(canonical(name))
+        if found is None:
             raise KeyError(
                 f"the delta changes {name}, and {type(model).__name__} has no tensor of that name; "
                 "was it made with this model?"

@@ -160,7 +160,8 @@ def resample(
 
     Raises:
         TypeError: if the key is not an int, or a rank has the wrong type.
-        ValueError: for a rank out of range, non-finite weights, or no convergence (named).
+        ValueError: for a rank out of range, non-finite weights, no convergence (named), or states
+            that are stacked: resample each of them.
         KeyError: if an entry of the state is missing (named).
 
     Source: Hameed and Rabusseau 2023, "ROSA", algorithm 1.
@@ -177,14 +178,19 @@ def resample(
     parts = read(state)
     adapted = parts.adapted()
     if r is not None:
-        patterns.check_rank_patterns(r, adapted)
+        patterns.check_rank_patterns(r, [*adapted, *map(keys.canonical, adapted)])
 
     def redrawn(name: str) -> Weight:
         w = adapted[name]
+        if w.input_dim.ndim:
+            raise ValueError(
+                f"{name} is a stack of {len(w.input_dim)} states' weights: resample each state, "
+                "and stack the new ones"
+            )
         factors = low_rank(w)
         how = Draw(
             name,
-            factors.r if r is None else patterns.rank(r, [name], factors.matrix_shape),
+            factors.r if r is None else patterns.rank(r, [name, keys.canonical(name)], factors.matrix_shape),
             sampler,
             int(w.input_dim),
             partial(keys.generator, key, "resample", name),

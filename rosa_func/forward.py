@@ -169,7 +169,7 @@ def _shapes(parts: Parts) -> dict[str, torch.Size]:
 def _fitted(model: nn.Module, state: TensorDict) -> Swapped:
     """Return the swap of the composed weights, checked."""
     parts, found = read(state), places(model)
-    names = modules.fit(type(model).__name__, found.shapes, _shapes(parts))
+    names = modules.fit(type(model).__name__, found.shapes(), _shapes(parts))
     _refuse_wrong_checkpointing(model, ((name, owner()) for name, owner in found.checkpointing))
     return swapped(found, names, _composed(parts))
 

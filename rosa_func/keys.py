@@ -1,6 +1,7 @@
 """Keys are plain integers: values to pass around, never a hidden state."""
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
 
@@ -68,3 +69,14 @@ def canonical(name: str) -> str:
     while name.startswith(_PARALLEL):
         name = name.removeprefix(_PARALLEL)
     return name
+
+
+def unwrapped_names(names: Iterable[str]) -> dict[str, str]:
+    """Return {the name without what wrappers put in front: the name} for all names of a model.
+
+    DDP wraps a whole model: where some names begin without "module.", it is a name of the model's.
+    """
+    found = {name.replace(_COMPILED, ""): name for name in names}
+    while found and all(name.startswith(_PARALLEL) for name in found):
+        found = {plain.removeprefix(_PARALLEL): name for plain, name in found.items()}
+    return found

@@ -126,7 +126,7 @@ class RosaModule(nn.Module):
         model = self.__dict__["skeleton"]
         found = getattr(model, name)
         if name == "device":
-            return next(iter(self.buffers())).device
+            return next(self.parameters()).device
         # What sets the model up need not see the state, and must work where `bind` refuses.
         if not isinstance(found, MethodType) or "checkpointing" in name:
             return found
@@ -160,12 +160,17 @@ class RosaModule(nn.Module):
         return self
 
 
-def _into_new_memory(module: nn.Module, *_: Any) -> None:
+def _into_new_memory(module: RosaModule, given: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let a state dict be loaded into memory that neither the state nor the model shares."""
-    for branch in module.modules():
-        buffers = own_buffers(branch)
-        for name, buffer in buffers.items():
-            buffers[name] = None if buffer is None else buffer.clone()
+    for path, (table, last) in module._slots.items():
+        if trains(path):
+            continue
+        old, new = table[last], given.get(prefix + ".".join(path))
+        # What rounding took has no elements while nothing was lost: the shape may be another.
+        if path[0] == "compensation" and isinstance(new, Tensor) and not (old.numel() and new.numel()):
+            table[last] = old.new_empty(new.shape)
+        else:
+            table[last] = old.clone()
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rosa_func._torch import own_modules, own_parameters, own_persistent_buffers
-from rosa_func.keys import canonical
+from rosa_func.keys import unwrapped_names
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -134,10 +134,8 @@ def fit(
     if expected.keys() == given.keys():
         names = {name: name for name in expected}
     else:
-        rest = {canonical(name): name for name in given}
-        if len(rest) < len(given):
-            rest = {name: name for name in given}
-        names = {name: rest.pop(canonical(name), "") for name in expected}
+        rest = unwrapped_names(given)
+        names = {name: rest.pop(plain, "") for plain, name in unwrapped_names(expected).items()}
         if missing := [name for name, own in names.items() if not own]:
             raise KeyError(f"the state lacks {missing[0]} of {model}; was it made from this model?")
         if rest:

@@ -34,20 +34,25 @@ class Places(NamedTuple):
     """What depends on the structure of a model alone. Nothing in it keeps the model alive.
 
     Attributes:
-        shapes: of the parameters and persistent buffers, by their first names.
+        tensors: the parameters and persistent buffers, by their first names.
         slots: every place of each of them, and those of the other buffers.
         buffered: the modules with buffers of their own.
         checkpointing: the modules that may recompute, by name, as transformers marks them.
         keys, values: all keys and tensors of all modules, to see whether anything was replaced.
     """
 
-    shapes: dict[str, torch.Size]
+    tensors: "dict[str, ref[Tensor]]"
     slots: list[Slot]
     buffered: "list[ref[nn.Module]]"
     checkpointing: "list[tuple[str, ref[nn.Module]]]"
     modules: "list[ref[nn.Module]]"
     keys: list[str]
     values: "list[ref[Any] | None]"
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Return the shapes as they are now: `weight.data = ...` may have changed them."""
+        own: Any = self.tensors
+        return {name: tensor().shape for name, tensor in own.items()}
 
 
 _known: "WeakKeyDictionary[nn.Module, Places]" = WeakKeyDictionary()
@@ -115,8 +120,8 @@ def swapped(found: Places, names: Mapping[str, str], weights: Mapping[str, Tenso
 
 
 def _look(model: nn.Module) -> Places:
-    both = chain(model.named_parameters(), modules.persistent_buffers(model))
-    first = {id(tensor): name for name, tensor in both}
+    both = dict(chain(model.named_parameters(), modules.persistent_buffers(model)))
+    first = {id(tensor): name for name, tensor in both.items()}
     named = dict(model.named_modules())
     slots = []
     for module in named.values():
@@ -131,7 +136,7 @@ def _look(model: nn.Module) -> Places:
     tables = [table for module in named.values() for table in _tables(module)]
     values = chain.from_iterable(table.values() for table in tables)
     return Places(
-        shapes={name: tensor.shape for name, tensor in modules.tensors(model).items()},
+        tensors={name: ref(tensor) for name, tensor in both.items()},
         slots=slots,
         buffered=[ref(module) for module in named.values() if own_buffers(module)],
         checkpointing=[
@@ -151,6 +156,14 @@ def _tables(module: nn.Module) -> Iterator[Table]:
     yield own_modules(module)
 
 
+_GONE = object()
+
+
+def _alive(reference: "ref[Any]") -> Any:
+    value = reference()
+    return _GONE if value is None else value
+
+
 def _is_current(found: Places) -> bool:
     """Return whether every module has the tensors and children under the names that it had."""
     alive = [module() for module in found.modules]
@@ -161,4 +174,6 @@ def _is_current(found: Places) -> bool:
     if len(keys) != len(found.keys) or not all(map(is_, keys, found.keys)):
         return False
     values = chain.from_iterable(table.values() for table in tables)
-    return all(map(is_, values, [None if value is None else value() for value in found.values]))
+    # A tensor that is gone is not the None that may have taken its place.
+    before = [None if value is None else _alive(value) for value in found.values]
+    return all(map(is_, values, before))

@@ -112,6 +112,25 @@ class TestDelta:
         weights = checkpoint.apply_delta(conv, checkpoint.delta(state, conv))
         assert relative_distance(weights["0.weight"], rosa_func.merge(state)["0.weight"]) <= 1e-6
 
+    @pytest.mark.parametrize("exact", [None, True])
+    def test_delta_of_a_convolution_with_channels_last(self, exact: bool | None):
+        conv = seeded(lambda: nn.Sequential(nn.Conv2d(8, 8, 3)))
+        conv = conv.to(memory_format=torch.channels_last)
+        state = perturbed(rosa_func.init(conv, 2, targets="0", exact=exact))
+        weights = checkpoint.apply_delta(conv, checkpoint.delta(state, conv))
+        assert relative_distance(weights["0.weight"], rosa_func.merge(state)["0.weight"]) <= 1e-6
+
+    def test_apply_delta_tells_names_apart_that_wrappers_could_have_made_the_same(self):
+        model = nn.ModuleDict({"module": nn.Linear(4, 4, bias=False)})
+        model.weight = nn.Parameter(torch.eye(4))
+        state = perturbed(rosa_func.init(model, 2, targets="*weight"))
+        weights = checkpoint.apply_delta(model, checkpoint.delta(state, model))
+        for name, merged in rosa_func.merge(state).items():
+            assert relative_distance(weights[name], merged) <= 1e-6
+        change = checkpoint.delta(state, model)
+        with pytest.raises(KeyError, match="changes (module.)?weight"):
+            checkpoint.apply_delta(torch.compile(model, backend="eager"), change)
+
 
 class TestDeltaRefusals:
     def test_delta_refuses_wrong_arguments(self):

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 import rosa_func
 from models import MOE_NAMES, ModelCall, stock_moe
+from modules import ExpertsInALoop
 from references import model_snapshot, perturbed, relative_distance, state_bytes
 from rosa_func import checkpoint, export, samplers
 from rosa_func.module import RosaModule
@@ -219,3 +220,23 @@ def test_a_composed_batch_keeps_its_matrices_composed():
     assert isinstance(weight.mT, Composed) and weight.mT.shape == (3, 4, 5)
     assert isinstance(weight[torch.tensor([1, 1])], Composed)
     assert weight[0] is weight[0]  # taken apart once
+
+
+def test_matrices_taken_without_gradients_do_not_stand_in_for_those_with_them():
+    """Inside one `bind`, an evaluation comes before training, and an optimizer steps."""
+    model, x = ExpertsInALoop(5, 4), torch.ones(3, 2, 4)
+    state = perturbed(rosa_func.init(model, 2, targets="weight"))
+    other = state.clone()
+    optimizers = [torch.optim.SGD(rosa_func.parameters(s), 0.1) for s in (state, other)]
+    with rosa_func.bind(model, state):
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                model(x)
+            optimizers[0].zero_grad()
+            model(x).square().sum().backward()
+            optimizers[0].step()
+    for _ in range(2):
+        optimizers[1].zero_grad()
+        rosa_func.call(model, other, x).square().sum().backward()
+        optimizers[1].step()
+    assert state_bytes(state) == state_bytes(other)

@@ -60,6 +60,22 @@ def test_new_names_and_shapes_are_refused_after_a_call_that_fitted():
         rosa_func.call(model, state, x)
 
 
+def test_a_parameter_that_became_none_is_seen():
+    model, x = nn.Sequential(nn.Linear(6, 4)), randn(3, 6)
+    rosa_func.call(model, rosa_func.init(model, 2), x)
+    model[0].bias = None
+    without = rosa_func.init(model, 2)
+    assert relative_distance(rosa_func.call(model, without, x), model(x)) <= 1e-6
+
+
+def test_a_shape_that_was_changed_through_data_is_seen():
+    model = nn.Sequential(nn.Linear(6, 4))
+    rosa_func.call(model, rosa_func.init(model, 2), randn(3, 6))
+    model[0].weight.data = randn(4, 8)
+    x, state = randn(3, 8), rosa_func.init(model, 2)
+    assert relative_distance(rosa_func.call(model, state, x), model(x)) <= 1e-6
+
+
 def test_a_tie_that_was_made_or_cut_is_seen():
     model, ids = seeded(tiny_gpt2).eval(), token_ids(2, 5)
     state = perturbed(rosa_func.init(model, 2, targets="wte"))

@@ -87,6 +87,24 @@ class TestNames:
         assert "module.0.weight" in state["trainable"].keys()
         assert "other.weight" in state["trainable"].keys()
 
+    @pytest.mark.parametrize("name", ["compiled", "parallel", "both"])
+    def test_a_child_called_module_is_told_from_a_wrapper(self, name):
+        """Without "module." the names of the two weights would be the same."""
+        wrap = WRAPPERS[name]
+        model, x = Parallel(nn.Linear(4, 4)), randn(3, 4)
+        model.weight = nn.Parameter(randn(4, 4))
+        state = perturbed(rosa_func.init(model, 2, targets="*weight"))
+        expected = rosa_func.call(model, state, x)
+        assert relative_distance(rosa_func.call(wrap(model), state, x), expected) <= 1e-6
+        of_wrapped = perturbed(rosa_func.init(wrap(model), 2, targets="*weight"))
+        assert relative_distance(rosa_func.call(model, of_wrapped, x), expected) <= 1e-6
+
+    @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+    def test_a_resample_takes_the_patterns_of_ranks_that_init_took(self, wrap):
+        state = rosa_func.init(wrap(two_layers()), ranks := {"0.weight": 1, "2.weight": 2})
+        new = rosa_func.resample(state, 1, r=ranks)
+        assert rosa_func.count(new).trainable == rosa_func.count(state).trainable
+
 
 # Torch's compiler asks what it takes over after a break of the graph for its gradient.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

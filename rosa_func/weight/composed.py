@@ -31,7 +31,7 @@ class Composed(Tensor):
     """
 
     weight: Weight
-    matrices: "list[Composed]"  # of a batch, once one is asked for
+    matrices: "tuple[Any, list[Composed]]"  # of a batch, once one is asked for, and when that was
 
     @classmethod
     def __torch_function__(

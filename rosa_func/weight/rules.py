@@ -131,13 +131,25 @@ def _getitem(func: Any, w: Any, index: Any) -> Any:
     if weight.base.select is None or not all(term.select for term in weight.terms):
         return NotImplemented
     if len(weight.base.shape) == 3 and (not isinstance(index, Tensor) or _is_place(index)):
-        if not hasattr(w, "matrices"):
+        if not hasattr(w, "matrices") or w.matrices[0] != _moment(weight):
             looks: Looks = {}
-            w.matrices = [standing_for(each, looks) for each in unbound(weight)]
-        return w.matrices[int(index)]
+            matrices = [standing_for(each, looks) for each in unbound(weight)]
+            w.matrices = _moment(weight), matrices
+        return w.matrices[1][int(index)]
     base = weight.base.select(index)
     terms = tuple(term.select(index) for term in weight.terms)
     return standing_for(weight._replace(base=base, terms=terms), {})
+
+
+def _moment(w: Weight) -> Any:
+    """Return what is another once matrices taken earlier would lack gradients, or be outdated.
+
+    Inside a `bind`, gradients may be switched on and off, and an optimizer may step.
+    """
+    if not is_eager():
+        return torch.compiler.is_compiling(), torch.is_grad_enabled()
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return *modes, *(0 if t.is_inference() else t._version for t in tensors(w))
 
 
 def _is_place(index: Tensor) -> bool:
