@@ -99,7 +99,7 @@ class Run:
             return self.state
         dtype = getattr(torch, self.args.dtype)
         cast = {name: w.to(dtype) for name, w in self.state["trainable"].items()}
-        return self.state.replace({"trainable": cast})
+        return self.state.replace(trainable=cast)
 
     def resample(self) -> None:
         """Begin a cycle: the schedule goes on, the optimizer with it."""
