@@ -95,7 +95,7 @@ class Run:
         if self.args.method != "full":
             return self.state
         cast = self.state["trainable"].to(getattr(torch, self.args.dtype))
-        return self.state.replace({"trainable": cast})
+        return self.state.replace(trainable=cast)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model with the state of the moment."""

@@ -47,7 +47,7 @@ def moved(state: TensorDict, seed: int) -> TensorDict:
         noise = torch.randn(leaf.shape, generator=generator)
         return leaf + 0.1 * leaf.norm() / noise.norm() * noise
 
-    return state.replace({"trainable": state["trainable"].apply(move)})
+    return state.replace(trainable=state["trainable"].apply(move))
 
 
 def disk(sizes: dict[str, int]) -> list[str]:
@@ -123,7 +123,10 @@ def train(sizes: dict[str, int], batch: list[int], checkpointed: bool) -> dict[s
     model = gpt2(sizes).train()
     if checkpointed:
         options = {"use_reentrant": False, "context_fn": rosa_func.recompute}
-        model.activation_checkpointing_enable(options)
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(options)
+        else:  # transformers before 5.23
+            model.gradient_checkpointing_enable(options)
     contender = rosa(model, RANK)
     inputs = tokens(model.config, tuple(batch))
     del model

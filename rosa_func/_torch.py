@@ -17,6 +17,7 @@ __all__ = [
     "are_transforms_off",
     "is_autocast",
     "is_eager",
+    "is_old_dynamo",
     "operator_name",
     "own_buffers",
     "own_modules",
@@ -27,6 +28,8 @@ __all__ = [
     "without_torch_function",
 ]
 
+
+_HAS_OLD_DYNAMO = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8)
 
 # Products of groups of rows with a matrix each, under the names of this torch.
 GROUPED_PRODUCTS: list[Callable[..., Tensor]] = [
@@ -46,6 +49,14 @@ def operator_name(function: Any) -> str | None:
 def is_eager() -> bool:
     """Return False inside a compiler, a transform of torch.func, or forward-mode derivatives."""
     return not torch.compiler.is_compiling() and are_transforms_off()
+
+
+def is_old_dynamo() -> bool:
+    """Return whether dynamo of torch before 2.8 is tracing, which cannot follow all that we do.
+
+    Not a tensor of a subclass that is made on the way, nor a property of a NamedTuple.
+    """
+    return _HAS_OLD_DYNAMO and torch.compiler.is_compiling()
 
 
 def are_transforms_off() -> bool:

@@ -190,7 +190,9 @@ def resample(
         factors = low_rank(w)
         how = Draw(
             name,
-            factors.r if r is None else patterns.rank(r, [name, keys.canonical(name)], factors.matrix_shape),
+            factors.r
+            if r is None
+            else patterns.rank(r, [name, keys.canonical(name)], factors.matrix_shape),
             sampler,
             int(w.input_dim),
             partial(keys.generator, key, "resample", name),

@@ -147,15 +147,21 @@ def recompute() -> tuple[AbstractContextManager[object], AbstractContextManager[
     Example:
         >>> import rosa_func
         >>> options = {"use_reentrant": False, "context_fn": rosa_func.recompute}
-        >>> model.gradient_checkpointing_enable(options)  # doctest: +SKIP
+        >>> model.activation_checkpointing_enable(options)  # doctest: +SKIP
+
+        Before transformers 5.23 that is `model.gradient_checkpointing_enable`.
     """
     return nullcontext(), _All(*(swap.again() for swap in _bound.get()))
 
 
 def check_fit(model: nn.Module, state: TensorDict) -> dict[str, str]:
     """Return {the model's name: the state's name}, after making sure that the two fit."""
-    shapes = {name: tensor.shape for name, tensor in modules.tensors(model).items()}
-    return modules.fit(type(model).__name__, shapes, _shapes(read(state)))
+    return _fit(model, _shapes(read(state)))
+
+
+def _fit(model: nn.Module, shapes: dict[str, torch.Size]) -> dict[str, str]:
+    own = {name: tensor.shape for name, tensor in modules.tensors(model).items()}
+    return modules.fit(type(model).__name__, own, shapes)
 
 
 def _composed(parts: Parts) -> dict[str, Tensor]:
@@ -180,7 +186,8 @@ def _in_each_place(model: nn.Module, state: TensorDict) -> dict[str, Tensor]:
     A module that is in two places itself counts as one place: left to find the ties, torch would
     swap its weights twice, and the second time put back the first time's.
     """
-    names, weights = check_fit(model, state), compose(state)
+    weights = compose(state)
+    names = _fit(model, {name: weight.shape for name, weight in weights.items()})
     both = chain(model.named_parameters(), modules.persistent_buffers(model))
     by_tensor = {id(tensor): weights[names[name]] for name, tensor in both}
     for module in model.modules():
@@ -229,10 +236,12 @@ def _refuse_wrong_checkpointing(model: nn.Module, named_modules: Iterable[tuple[
         function = getattr(module, "_gradient_checkpointing_func", None)
         options = getattr(function, "keywords", {})
         if options.get("use_reentrant", True) or options.get("context_fn") is not recompute:
+            named = hasattr(model, "activation_checkpointing_enable")
+            switch = f"{'activation' if named else 'gradient'}_checkpointing_enable"
             given = {key: options.get(key) for key in ("use_reentrant", "context_fn")}
             raise ValueError(
                 f"{name or type(model).__name__} uses gradient checkpointing with {given}, which "
                 "would recompute with the model's own weights; enable it by "
-                "model.gradient_checkpointing_enable("
+                f"model.{switch}("
                 '{"use_reentrant": False, "context_fn": rosa_func.recompute})'
             )

@@ -87,6 +87,15 @@ def tiny_gpt2(
     return GPT2LMHeadModel(GPT2Config(**options))
 
 
+def checkpoint_segments(model: Any, options: Any = None, on: bool = True) -> None:
+    """Switch gradient checkpointing on or off, by the name that this transformers has for it."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{name}_checkpointing_enable")(options)
+    else:
+        getattr(model, f"{name}_checkpointing_disable")()
+
+
 def two_layers() -> nn.Sequential:
     """Build a model with the weights 0.weight (4 x 6) and 2.weight (8 x 4)."""
     return seeded(lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 8)))

@@ -47,7 +47,7 @@ def perturbed(state: TensorDict, scale: float = 0.1, seed: int = 0) -> TensorDic
         noise = torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype)
         return leaf.detach() + scale * noise
 
-    return state.replace({"trainable": state["trainable"].apply(move)})
+    return state.replace(trainable=state["trainable"].apply(move))
 
 
 def relative_distance(a: Tensor, b: Tensor) -> float:

@@ -398,7 +398,7 @@ def test_code_with_a_backward_pass_of_its_own_works_under_grad():
     state = perturbed(rosa_func.init(model, 2))
 
     def loss(trainable):
-        full = state.replace({"trainable": trainable})
+        full = state.replace(trainable=trainable)
         return rosa_func.call(model, full, x).square().sum()
 
     found = torch.func.grad(loss)(state["trainable"])["weight"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import rosa_func
-from models import randn, seeded, stock_model, tiny_gpt2, token_ids
+from models import checkpoint_segments, randn, seeded, stock_model, tiny_gpt2, token_ids
 from references import main_output, model_snapshot, state_bytes
 from rosa_func import samplers
 from rosa_func.module import RosaModule
@@ -139,14 +139,12 @@ class TestModule:
         assert module.device == torch.device("cpu")
         full = RosaModule(model, rosa_func.init(model, targets=(), train="*"))  # without buffers
         assert full.device == torch.device("cpu")
-        module.train().activation_checkpointing_enable()
+        checkpoint_segments(module.train())
         with pytest.raises(ValueError, match="context_fn"):
             module(ids)
-        module.activation_checkpointing_enable(
-            {"use_reentrant": False, "context_fn": rosa_func.recompute}
-        )
+        checkpoint_segments(module, {"use_reentrant": False, "context_fn": rosa_func.recompute})
         module(ids).logits.sum().backward()
-        module.activation_checkpointing_disable()
+        checkpoint_segments(module, on=False)
         module = module.eval()
         twin = copy.deepcopy(module)
         with torch.no_grad():

@@ -107,7 +107,7 @@ class Run:
 
     def snapshot(self) -> TensorDict:
         """Return the state with copies of what is trained; the residuals are shared."""
-        return self.state.replace({"trainable": self.state["trainable"].detach().clone()})
+        return self.state.replace(trainable=self.state["trainable"].detach().clone())
 
 
 def draw_seed(seed: int, step: int) -> int:

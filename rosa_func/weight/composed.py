@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rosa_func._torch import (
     is_eager,
+    is_old_dynamo,
     operator_name,
     tree_map,
     without_autocast,
@@ -62,7 +63,7 @@ class Composed(Tensor):
             return func(*args, **kwargs)
 
 
-def composed(w: Weight) -> Composed:
+def composed(w: Weight) -> Tensor:
     """Return a tensor that looks like the residual of w and stands for w.
 
     What trains takes the residual's dtype.
@@ -70,10 +71,15 @@ def composed(w: Weight) -> Composed:
     return all_composed({"": w})[""]
 
 
-def all_composed(weights: Mapping[str, Weight]) -> dict[str, Composed]:
-    """Return `composed` of each; those of one shape share what they look like."""
+def all_composed(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
+    """Return `composed` of each; those of one shape share what they look like.
+
+    A compiler that cannot follow those is given the dense weights.
+    """
+    if is_old_dynamo():
+        return {name: dense(w) for name, w in weights.items()}
     looks: Looks = {}
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, w in weights.items():
         terms = tuple(cast(term, w.base.dtype) for term in w.terms)
         found[name] = standing_for(Weight(w.base, terms, w.input_dim), looks)

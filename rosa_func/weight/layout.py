@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from rosa_func._torch import is_old_dynamo
 from rosa_func.weight.dense import Dense
 from rosa_func.weight.low_rank import LowRank
 from rosa_func.weight.parts import Base, Term, Weight, fixed, trainable
@@ -62,6 +63,7 @@ def read(state: TensorDict) -> Parts:
     supports, lost = branches.get("fixed", {}), branches.get("compensation", {})
     full: dict[str, Tensor] = {}
     adapted: dict[str, Weight] = {}
+    is_checked = not is_old_dynamo()
     for name, value in branches["trainable"].items():
         if isinstance(value, Tensor):
             full[name] = value
@@ -75,11 +77,12 @@ def read(state: TensorDict) -> Parts:
             fields |= dict(supports[name].items())
         base, terms = _base(name, frozen[name]), _terms(name, fields)
         adapted[name] = Weight(base, terms, dims[name], lost.get(name))
-        _check_shapes(name, adapted[name])
+        if is_checked:
+            _check_shapes(name, adapted[name])
     if len(dims) > len(adapted):
         name = min(dims.keys() - adapted.keys())
         raise KeyError(f"the state lacks {name} in trainable")
-    if "compensation" in branches:
+    if is_checked and "compensation" in branches:
         _check_compensation(adapted)
     for name in supports:
         if name not in adapted:
