@@ -24,6 +24,7 @@ __all__ = [
     "own_parameters",
     "own_persistent_buffers",
     "tree_map",
+    "version",
     "without_autocast",
     "without_torch_function",
 ]
@@ -62,6 +63,11 @@ def is_old_dynamo() -> bool:
 def are_transforms_off() -> bool:
     """Return False inside a transform of torch.func or forward-mode derivatives."""
     return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor was written to, as far as torch counts that."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def is_autocast(device: torch.device) -> bool:

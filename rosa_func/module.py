@@ -16,7 +16,14 @@ from rosa_func.forward import bind, call
 from rosa_func.modules import skeleton
 from rosa_func.samplers import Sampler
 from rosa_func.weight import read
-from rosa_func.weight.layout import Path, entries, from_entries, leaves, trains
+from rosa_func.weight.layout import (
+    Path,
+    entries,
+    from_entries,
+    is_compensation,
+    leaves,
+    trains,
+)
 
 
 class RosaModule(nn.Module):
@@ -66,7 +73,7 @@ class RosaModule(nn.Module):
         self.__class__ = _class_for(type(model))  # type: ignore[arg-type]
         # Every rank has the frozen part from its own resample: nothing for DDP to broadcast.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
-        self.register_load_state_dict_pre_hook(_into_new_memory)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(RosaModule._into_new_memory)  # type: ignore[no-untyped-call]
 
     @property
     def state(self) -> TensorDict:
@@ -159,22 +166,21 @@ class RosaModule(nn.Module):
                     buffers[name] = fn(buffer)
         return self
 
-
-def _into_new_memory(module: RosaModule, given: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let a state dict be loaded into memory that neither the state nor the model shares."""
-    for path, (table, last) in module._slots.items():
-        if trains(path):
-            continue
-        old, new = table[last], given.get(prefix + ".".join(path))
-        # What rounding took has no elements while nothing was lost: the shape may be another.
-        if (
-            path[0] == "compensation"
-            and isinstance(new, Tensor)
-            and not (old.numel() and new.numel())
-        ):
-            table[last] = old.new_empty(new.shape)
-        else:
-            table[last] = old.clone()
+    def _into_new_memory(self, given: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Let a state dict be loaded into memory that neither the state nor the model shares."""
+        for path, (table, last) in self._slots.items():
+            if trains(path):
+                continue
+            old, new = table[last], given.get(prefix + ".".join(path))
+            # What rounding took has no elements while nothing was lost: the shape may be another.
+            if (
+                is_compensation(path)
+                and isinstance(new, Tensor)
+                and not (old.numel() and new.numel())
+            ):
+                table[last] = old.new_empty(new.shape)
+            else:
+                table[last] = old.clone()
 
 
 @functools.cache

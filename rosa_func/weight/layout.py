@@ -7,7 +7,7 @@ fixed         {name: TensorDict of the fields of the terms that do not train}, w
 compensation  {name: what rounding took from the residual}, where it is kept
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from tensordict import TensorDict, TensorDictBase
@@ -152,10 +152,9 @@ def trains(path: Path) -> bool:
     return path[0] == "trainable"
 
 
-def paths_of(state: TensorDict, names: Iterable[str]) -> Iterator[Path]:
-    """Yield the paths of all that a state holds of some weights."""
-    chosen = set(names)
-    return (path for path in entries(state) if path[1] in chosen)
+def is_compensation(path: Path) -> bool:
+    """Return whether the tensor at that path is what rounding took, which may have no elements."""
+    return path[0] == "compensation"
 
 
 def _base(name: str, stored: Any) -> Base:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rosa_func._torch import GROUPED_PRODUCTS, is_eager, without_autocast
+from rosa_func._torch import GROUPED_PRODUCTS, is_eager, version, without_autocast
 from rosa_func.weight import product
 from rosa_func.weight.composed import (
     OPERATOR_RULES,
@@ -149,7 +149,7 @@ def _moment(w: Weight) -> Any:
     if not is_eager():
         return torch.compiler.is_compiling(), torch.is_grad_enabled()
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    return *modes, *(0 if t.is_inference() else t._version for t in tensors(w))
+    return *modes, *(version(t) for t in tensors(w))
 
 
 def _is_place(index: Tensor) -> bool:
