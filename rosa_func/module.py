@@ -73,7 +73,7 @@ class RosaModule(nn.Module):
         self.__class__ = _class_for(type(model))  # type: ignore[arg-type]
         # Every rank has the frozen part from its own resample: nothing for DDP to broadcast.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
-        self.register_load_state_dict_pre_hook(RosaModule._into_new_memory)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(RosaModule.into_new_memory)  # type: ignore[no-untyped-call]
 
     @property
     def state(self) -> TensorDict:
@@ -166,7 +166,7 @@ class RosaModule(nn.Module):
                     buffers[name] = fn(buffer)
         return self
 
-    def _into_new_memory(self, given: dict[str, Any], prefix: str, *_: Any) -> None:
+    def into_new_memory(self, given: dict[str, Any], prefix: str, *_: Any) -> None:
         """Let a state dict be loaded into memory that neither the state nor the model shares."""
         for path, (table, last) in self._slots.items():
             if trains(path):
