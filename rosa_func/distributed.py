@@ -1,5 +1,6 @@
 """A resample that several processes share, for DistributedDataParallel."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from rosa_func import cycle, samplers
 from rosa_func.checkpoint import digest
 from rosa_func.samplers import Sampler
 from rosa_func.weight import Parts, read, write
-from rosa_func.weight.layout import entries, from_entries
+from rosa_func.weight.layout import Path, entries, from_entries
 
-Entries = dict[tuple[str, ...], Tensor]
+Entries = dict[Path, Tensor]
 
 
 def resample(
@@ -57,8 +58,9 @@ def resample(
     own: Entries = {}
     failure: Exception | None = None
     try:
-        part = write(Parts({name: adapted[name] for name in share}, {}))
-        own = entries(cycle.resample(part, key, sampler=sampler))
+        part = write(Parts({name: adapted[name] for name in share}, parts.full))
+        found = entries(cycle.resample(part, key, sampler=sampler))
+        own = {path: tensor for path, tensor in found.items() if _is_drawn(path, adapted)}
     except Exception as error:  # the others wait for a word
         failure = error
     # What becomes of a weight has the same entries in every process; its owner knows their shapes.
@@ -71,17 +73,24 @@ def resample(
     for owner, each in enumerate(news):
         source = owner if group is None else dist.get_global_rank(group, owner)
         for path, (dtype, shape) in each.items():
-            place = state[path].device
+            # Where its owner has it, too: backends of GPUs send nothing that is on the host.
+            place = adapted[path[1]].base.device
             new[path] = (
-                own[path].contiguous()
+                own[path].to(place).contiguous()
                 if owner == rank
                 else torch.empty(shape, dtype=dtype, device=place)
             )
             if shape.numel():
                 dist.broadcast(new[path], source, group)
-    drawn = read(from_entries(new)).adapted() if new else {}
+    new |= {("input_dim", name): w.input_dim for name, w in adapted.items()}
+    drawn = read(from_entries(new)).adapted()
     full = {name: value.detach().clone() for name, value in parts.full.items()}
     return write(Parts({**parts.frozen, **drawn}, full))
+
+
+def _is_drawn(path: Path, adapted: Collection[str]) -> bool:
+    """Return whether others have to be sent the tensor: it is new, and of an adapted weight."""
+    return path[0] != "input_dim" and path[1] in adapted
 
 
 def check_equal(state: TensorDict, group: dist.ProcessGroup | None = None) -> str:

@@ -167,7 +167,11 @@ def _into_new_memory(module: RosaModule, given: dict[str, Any], prefix: str, *_:
             continue
         old, new = table[last], given.get(prefix + ".".join(path))
         # What rounding took has no elements while nothing was lost: the shape may be another.
-        if path[0] == "compensation" and isinstance(new, Tensor) and not (old.numel() and new.numel()):
+        if (
+            path[0] == "compensation"
+            and isinstance(new, Tensor)
+            and not (old.numel() and new.numel())
+        ):
             table[last] = old.new_empty(new.shape)
         else:
             table[last] = old.clone()

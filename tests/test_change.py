@@ -128,7 +128,7 @@ class TestDelta:
         for name, merged in rosa_func.merge(state).items():
             assert relative_distance(weights[name], merged) <= 1e-6
         change = checkpoint.delta(state, model)
-        with pytest.raises(KeyError, match="changes (module.)?weight"):
+        with pytest.raises(KeyError, match=r"changes (module\.)?weight"):
             checkpoint.apply_delta(torch.compile(model, backend="eager"), change)
 
 

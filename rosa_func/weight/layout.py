@@ -81,9 +81,10 @@ def read(state: TensorDict) -> Parts:
         raise KeyError(f"the state lacks {name} in trainable")
     if "compensation" in branches:
         _check_compensation(adapted)
-    for name in supports:
-        if name not in adapted:
-            raise KeyError(f"the state has fixed entries of {name}, which is not adapted")
+    for what, names in (("fixed entries", supports), ("a compensation", lost)):
+        if names.keys() - adapted.keys():
+            name = min(names.keys() - adapted.keys())
+            raise KeyError(f"the state has {what} of {name}, which is not adapted")
     return Parts({**frozen, **adapted}, full)
 
 
