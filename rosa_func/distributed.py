@@ -11,9 +11,9 @@ from rosa_func import cycle, samplers
 from rosa_func.checkpoint import digest
 from rosa_func.samplers import Sampler
 from rosa_func.weight import Parts, read, write
-from rosa_func.weight.layout import entries, from_entries
+from rosa_func.weight.layout import Path, entries, from_entries, is_drawn
 
-Entries = dict[tuple[str, ...], Tensor]
+Entries = dict[Path, Tensor]
 
 
 def resample(
@@ -57,8 +57,9 @@ def resample(
     own: Entries = {}
     failure: Exception | None = None
     try:
-        part = write(Parts({name: adapted[name] for name in share}, {}))
-        own = entries(cycle.resample(part, key, sampler=sampler))
+        part = write(Parts({name: adapted[name] for name in share}, parts.full))
+        found = entries(cycle.resample(part, key, sampler=sampler))
+        own = {path: t for path, t in found.items() if is_drawn(path) and path[1] in adapted}
     except Exception as error:  # the others wait for a word
         failure = error
     # What becomes of a weight has the same entries in every process; its owner knows their shapes.
@@ -71,15 +72,18 @@ def resample(
     for owner, each in enumerate(news):
         source = owner if group is None else dist.get_global_rank(group, owner)
         for path, (dtype, shape) in each.items():
-            place = state[path].device
+            # Where its owner has it, too: backends of GPUs send nothing that is on the host.
+            place = adapted[path[1]].base.device
             new[path] = (
-                own[path].contiguous()
+                own[path].to(place).contiguous()
                 if owner == rank
                 else torch.empty(shape, dtype=dtype, device=place)
             )
             if shape.numel():
                 dist.broadcast(new[path], source, group)
-    drawn = read(from_entries(new)).adapted() if new else {}
+    given = entries(write(Parts(dict(adapted), {})))
+    new |= {path: tensor for path, tensor in given.items() if not is_drawn(path)}
+    drawn = read(from_entries(new)).adapted()
     full = {name: value.detach().clone() for name, value in parts.full.items()}
     return write(Parts({**parts.frozen, **drawn}, full))
 

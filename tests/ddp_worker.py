@@ -78,6 +78,36 @@ def failing(rank: int) -> str:
     return "nothing was raised"
 
 
+def not_finite() -> str:
+    """Resample a state that trains a bias to infinity; return what is raised."""
+    state = rosa_func.init(torch.nn.Sequential(torch.nn.Linear(6, 6)), 2, train="0.bias")
+    state["trainable", "0.bias"][0] = torch.inf
+    try:
+        distributed.resample(state, 1)
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def sent() -> list[str]:
+    """Return the dtypes that a resample sends, of a state whose compensation is in float64."""
+    kinds = []
+    broadcast = dist.broadcast
+    model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 6))
+    state = rosa_func.init(model.bfloat16(), 2, exact=True)
+
+    def noting(tensor: Tensor, *args: object) -> object:
+        kinds.append(str(tensor.dtype))
+        return broadcast(tensor, *args)
+
+    dist.broadcast = noting
+    try:
+        distributed.resample(state, 1)
+    finally:
+        dist.broadcast = broadcast
+    return sorted(set(kinds))
+
+
 def unequal(rank: int) -> str:
     state = rosa_func.init(torch.nn.Sequential(torch.nn.Linear(6, 6)), 2, key=rank)
     try:
@@ -101,6 +131,7 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     results = train(rank, size) | {"failing": failing(rank), "unequal": unequal(rank)}
+    results |= {"not_finite": not_finite(), "sent": sent()}
     results["of_other_parts"] = of_other_parts()
     torch.save(results, Path(sys.argv[1]) / f"{rank}.pt")
     dist.destroy_process_group()

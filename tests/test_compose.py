@@ -421,8 +421,9 @@ def test_code_that_bypasses_torch_function_sees_nan_instead_of_the_frozen_weight
         lambda w: w.copy_(torch.zeros(5, 6)),
         lambda w: w.__setitem__(0, 1.0),
         lambda w: nn.init.zeros_(w),
+        lambda w: setattr(w, "data", torch.zeros(5, 6)),
     ],
-    ids=["clamp_", "copy_", "item", "init"],
+    ids=["clamp_", "copy_", "item", "init", "data"],
 )
 def test_a_composed_weight_cannot_be_written_to(write):
     weight = rosa_func.compose(rosa_func.init(nn.Linear(6, 5), 2))["weight"]

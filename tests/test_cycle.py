@@ -304,6 +304,13 @@ class TestResample:
         new = rosa_func.resample(state, 1, r={"weight": 0.5})
         assert new["trainable", "weight", "A"].shape == (10, 5)
 
+    @pytest.mark.parametrize("states", [1, 2])
+    def test_resample_refuses_stacked_states(self, states):
+        """A stack of one would else be drawn as a convolution of one channel."""
+        state = rosa_func.init(nn.Linear(6, 4), 1, targets="weight")
+        with pytest.raises(ValueError, match=f"weight is a stack of {states} states"):
+            rosa_func.resample(torch.stack([state] * states), 1)
+
     def test_additive_keeps_the_input_side_of_each_layout(self):
         for layout in LAYOUTS:
             state = adapt_every_weight(layout.build(5, 7), 2, sampler=samplers.lora)

@@ -75,6 +75,15 @@ class TestTwoProcesses:
         )
         assert processes[1]["failing"].startswith("ValueError: no draw of ")
 
+    def test_a_tensor_in_full_that_is_not_finite_is_refused_as_by_resample(self, processes: Any):
+        for process in processes:
+            assert process["not_finite"].startswith("ValueError: 0.bias: non-finite values")
+
+    def test_what_lives_on_the_host_is_not_sent(self, processes: Any):
+        """NCCL sends what is on a GPU; the dimensions of inputs are integers on the host."""
+        for process in processes:
+            assert process["sent"] == ["torch.bfloat16", "torch.float32", "torch.float64"]
+
     def test_check_equal_notices_different_states(self, processes: Any):
         assert all("different states" in process["unequal"] for process in processes)
 

@@ -61,6 +61,13 @@ def test_a_compensation_that_does_not_fit_the_residual_is_refused():
         rosa_func.merge(state)
 
 
+def test_a_compensation_of_a_weight_that_is_not_adapted_is_named():
+    state = rosa_func.init(two_layers(), 2, targets="0", exact=True)
+    state["compensation", "2.weight"] = torch.zeros(8, 4)
+    with pytest.raises(KeyError, match=r"compensation of 2\.weight, which is not adapted"):
+        rosa_func.resample(state, 1)
+
+
 @pytest.mark.parametrize("exact", [None, True])
 def test_a_missing_compensation_of_a_16_bit_weight_is_named(exact):
     """By default only 16-bit weights have one: a float32 weight beside them needs none."""

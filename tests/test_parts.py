@@ -272,3 +272,24 @@ def test_a_part_that_is_not_registered_is_named(parts: Parts, monkeypatch: pytes
     monkeypatch.setattr(layout, "TERMS", [LowRank])
     with pytest.raises(KeyError, match=r"0\.weight has the entries .*'scales?'"):
         rosa_func.merge(state)
+
+
+def test_a_weight_without_factors_is_refused_where_they_are_needed():
+    state = trained_state(Parts(terms="scaled"))
+    state["trainable", "1.weight"] = state["trainable", "1.weight"].select("scale")
+    rosa_func.merge(state)
+    for use in (
+        lambda: rosa_func.resample(state, 1),
+        lambda: checkpoint.delta(state, make_model()),
+    ):
+        with pytest.raises(ValueError, match=r"\(8, 6\) has no factors A and B, but Scale"):
+            use()
+
+
+def test_a_term_may_have_gradients_of_its_own_and_no_product_in_place(monkeypatch):
+    monkeypatch.setattr(LowRank, "apply_", None)
+    state = trained_state(Parts())
+    rosa_func.parameters(state)
+    loss_with(state)(state["trainable"], IDS).backward()
+    gradients = state["trainable"].apply(lambda leaf: leaf.grad)
+    assert_close(gradients, reference_gradients(state))

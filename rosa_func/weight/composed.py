@@ -54,7 +54,7 @@ class Composed(Tensor):
                     result = NotImplemented
                 if result is not NotImplemented:
                     return result
-            if args and isinstance(args[0], Composed) and _writes(func.__name__):
+            if args and isinstance(args[0], Composed) and _writes(func):
                 raise TypeError(
                     f"{func.__name__} would write to a weight of shape {tuple(args[0].shape)} "
                     "that stands for R + A B: make a new tensor of it, or leave it out of targets"
@@ -139,8 +139,11 @@ class _Outside(torch.autograd.Function):
         return None, *(next(found) if value.requires_grad else None for value in values)
 
 
-def _writes(name: str) -> bool:
-    """Return whether an operation of that name writes to its first argument."""
+def _writes(func: Callable[..., Any]) -> bool:
+    """Return whether a function writes to its first argument."""
+    name = func.__name__
+    if name == "__set__":
+        return getattr(func, "__self__", None) is Tensor.data
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 

@@ -84,9 +84,10 @@ def read(state: TensorDict) -> Parts:
         raise KeyError(f"the state lacks {name} in trainable")
     if is_checked and "compensation" in branches:
         _check_compensation(adapted)
-    for name in supports:
-        if name not in adapted:
-            raise KeyError(f"the state has fixed entries of {name}, which is not adapted")
+    for what, names in (("fixed entries", supports), ("a compensation", lost)):
+        if names.keys() - adapted.keys():
+            name = min(names.keys() - adapted.keys())
+            raise KeyError(f"the state has {what} of {name}, which is not adapted")
     return Parts({**frozen, **adapted}, full)
 
 
@@ -150,6 +151,11 @@ def from_entries(entries: Mapping[Path, Tensor]) -> TensorDict:
 def trains(path: Path) -> bool:
     """Return whether the tensor at that path of a state is one that trains."""
     return path[0] == "trainable"
+
+
+def is_drawn(path: Path) -> bool:
+    """Return whether a resample makes the tensor at that path of an adapted weight."""
+    return path[0] != "input_dim"
 
 
 def is_compensation(path: Path) -> bool:

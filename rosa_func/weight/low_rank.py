@@ -152,9 +152,12 @@ class LowRank(NamedTuple):
 
 
 def low_rank(w: Weight) -> LowRank:
-    """Return the low-rank term of a weight."""
-    found: Any = next(term for term in w.terms if isinstance(term, LowRank))
-    return LowRank(*found)
+    """Return the low-rank term of a weight; a ValueError if it has none."""
+    for term in w.terms:
+        if isinstance(term, LowRank):
+            return term
+    kinds = ", ".join(type(term).__name__ for term in w.terms)
+    raise ValueError(f"a weight of shape {tuple(w.shape)} has no factors A and B, but {kinds}")
 
 
 def _left_gradient(rows: Tensor, d_inner: Tensor) -> Tensor:

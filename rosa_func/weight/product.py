@@ -69,12 +69,14 @@ def _sum(x: Tensor, w: Weight, bias: Tensor | None, flipped: bool) -> Tensor:
 
 def _sum_in_place(
     x: Tensor, w: Weight, bias: Tensor | None, flipped: bool
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor | None]]:
     """Return the sum, and of each term what its `pull` is to be given."""
-    out, kept = w.base.apply(x, flipped, bias), []  # type: ignore[misc]
+    out = w.base.apply(x, flipped, bias)  # type: ignore[misc]
+    kept: list[Tensor | None] = []
     for term in w.terms:
         if term.apply_ is None:
             out = term.apply(x, flipped, out)  # type: ignore[misc]
+            kept.append(None)
         else:
             kept.append(term.apply_(x, flipped, out))
     return out, kept
