@@ -190,16 +190,16 @@ def resample(
         factors, names = low_rank(w), [name, keys.canonical(name)]
         how = Draw(
             name,
-            factors.r
-            if r is None
-            else patterns.rank(r, [name, keys.canonical(name)], factors.matrix_shape),
+            factors.r if r is None else patterns.rank(r, names, factors.matrix_shape),
             sampler,
             int(w.input_dim),
             partial(keys.generator, key, "resample", name),
             None if w.lost is None else w.lost.dtype,
         )
         new = draw(how, rounding.join(w), w.base, w.terms, own=True)
-        return new._replace(input_dim=w.input_dim)  # which may be on another device than the CPU
+        return new._replace(
+            input_dim=w.input_dim.clone()
+        )  # which may be on another device than the CPU
 
     full = {name: value.detach().clone() for name, value in parts.full.items()}
     weights = draw_all(redrawn, adapted, full)

@@ -82,7 +82,7 @@ def resample(
             )
             if shape.numel():
                 dist.broadcast(new[path], source, group)
-    new |= {("input_dim", name): w.input_dim for name, w in adapted.items()}
+    new |= {("input_dim", name): w.input_dim.clone() for name, w in adapted.items()}
     drawn = read(from_entries(new)).adapted()
     full = {name: value.detach().clone() for name, value in parts.full.items()}
     return write(Parts({**parts.frozen, **drawn}, full))

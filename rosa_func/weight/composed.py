@@ -137,7 +137,7 @@ def _writes(func: Callable[..., Any]) -> bool:
     """Return whether a function writes to its first argument."""
     name = func.__name__
     if name == "__set__":
-        return getattr(func, "__self__", None) is Tensor.data  # type: ignore[comparison-overlap]
+        return getattr(func, "__self__", None) is Tensor.data
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
