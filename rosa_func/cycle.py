@@ -197,7 +197,9 @@ def resample(
             None if w.lost is None else w.lost.dtype,
         )
         new = draw(how, rounding.join(w), w.base, w.terms, own=True)
-        return new._replace(input_dim=w.input_dim)  # which may be on another device than the CPU
+        return new._replace(
+            input_dim=w.input_dim.clone()
+        )  # which may be on another device than the CPU
 
     full = {name: value.detach().clone() for name, value in parts.full.items()}
     weights = draw_all(redrawn, adapted, full)

@@ -82,7 +82,7 @@ def resample(
             if shape.numel():
                 dist.broadcast(new[path], source, group)
     given = entries(write(Parts(dict(adapted), {})))
-    new |= {path: tensor for path, tensor in given.items() if not is_drawn(path)}
+    new |= {path: tensor.clone() for path, tensor in given.items() if not is_drawn(path)}
     drawn = read(from_entries(new)).adapted()
     full = {name: value.detach().clone() for name, value in parts.full.items()}
     return write(Parts({**parts.frozen, **drawn}, full))
