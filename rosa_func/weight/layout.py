@@ -150,6 +150,16 @@ def trains(path: Path) -> bool:
     return path[0] == "trainable"
 
 
+def is_drawn(path: Path) -> bool:
+    """Return whether a draw makes another tensor for that path of an adapted weight."""
+    return path[0] != "input_dim"
+
+
+def may_be_empty(path: Path) -> bool:
+    """Return whether the tensor at that path has no elements as long as nothing was lost."""
+    return path[0] == "compensation"
+
+
 def paths_of(state: TensorDict, names: Iterable[str]) -> Iterator[Path]:
     """Yield the paths of all that a state holds of some weights."""
     chosen = set(names)
