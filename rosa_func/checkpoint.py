@@ -106,8 +106,8 @@ def delta(
         W - W0 = A B + E,    |E| <= tol |W|  (Frobenius),    W0 of the model
 
     W is what `merge` returns, before it is rounded to 16 bits; the rounding of A and B to float32
-    comes on top of tol, and is in the `error` that is returned. Each matrix of a batch has an error
-    of its own, and all have one rank.
+    comes on top of tol, and is in the `error` that is returned. In a batch each matrix has its
+    own error, and all have one rank.
 
     A change after K cycles of rank r has rank 2 r K at most: a few MB to keep or send where the
     merged model has hundreds. A float32 residual is rounded at every resample, in all directions:

@@ -50,7 +50,7 @@ def init(
         key: any int. Each weight draws from `fold_in(key, "init", name)`, so that a draw does
             not depend on what else is adapted; a matrix of a batch, from that and its place.
         sampler: how A and B are drawn from W, see `rosa_func.samplers`. The default is the
-            paper's: on text no other was found to be better at more than one rank
+            paper's: on text, no other one was better at more than one rank
             (examples/experiments/RESULTS.md, `samplers` and `e2e-samplers`).
         targets: None for every `nn.Linear` and `Conv1D` weight and all experts of the backbone; a
             string or strings, where "c_attn" or "attn.c_attn" means the weight of each module
@@ -156,7 +156,7 @@ def resample(
         sampler: as in `init`; it need not be the one that drew the state.
 
     Returns:
-        A new state, whose leaves require no gradient: take `parameters` of it anew.
+        A new state, whose leaves require no gradient: call `parameters` on it again.
 
     Raises:
         TypeError: if the key is not an int, or a rank has the wrong type.
@@ -197,9 +197,7 @@ def resample(
             None if w.lost is None else w.lost.dtype,
         )
         new = draw(how, rounding.join(w), w.base, w.terms, own=True)
-        return new._replace(
-            input_dim=w.input_dim.clone()
-        )  # which may be on another device than the CPU
+        return new._replace(input_dim=w.input_dim.clone())  # on the device of the old one
 
     full = {name: value.detach().clone() for name, value in parts.full.items()}
     weights = draw_all(redrawn, adapted, full)
@@ -251,7 +249,7 @@ class Method(NamedTuple):
 
 
 def method(
-    r: Rank,
+    r: Rank | None,
     *,
     sampler: Sampler = samplers.random,
     targets: Targets = None,
@@ -264,7 +262,7 @@ def method(
         method(r, **options).resample(state, key)    = resample(state, key, r=r, sampler=sampler)
 
     Args:
-        r: the rank, as in `init`.
+        r: the rank, as in `init`. None, where nothing is adapted.
         sampler: for the first draw and for those after it.
         targets: as in `init`.
         train: as in `init`.

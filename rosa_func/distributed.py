@@ -25,7 +25,7 @@ def resample(
 ) -> TensorDict:
     """Do `resample` in all processes of a group, each decomposing its share of the weights.
 
-    Every weight draws from the key and its name, so nobody need say what was drawn; the process
+    Every weight draws from the key and its name, so the draw need not be sent. The process
     that decomposed a weight sends its residual and factors to the others. States that were the
     same bits everywhere are so afterwards, also on machines whose BLAS differ.
 
@@ -60,9 +60,9 @@ def resample(
         part = write(Parts({name: adapted[name] for name in share}, parts.full))
         found = entries(cycle.resample(part, key, sampler=sampler))
         own = {path: t for path, t in found.items() if is_drawn(path) and path[1] in adapted}
-    except Exception as error:  # the others wait for a word
+    except Exception as error:  # raised below, once the others know of it
         failure = error
-    # What becomes of a weight has the same entries in every process; its owner knows their shapes.
+    # The entries of a weight are the same in every process; only its owner knows their shapes.
     news: list[Any] = [None] * size
     known = {path: (tensor.dtype, tensor.shape) for path, tensor in own.items()}
     dist.all_gather_object(news, None if failure else known, group)

@@ -1,4 +1,4 @@
-"""A draw: what becomes of one weight, and of all of them at once."""
+"""A draw: new factors for one weight, and for all of them at once."""
 
 from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
@@ -47,7 +47,7 @@ def draw(
         how: the draw.
         W: the weight, in the dtype of `like` or a wider one.
         like: how the residual is to be stored.
-        terms: what the weight was made of, if anything: the terms that are not drawn start anew.
+        terms: what the weight was made of, if anything: the terms that are not drawn start again.
         own: whether R may be written over W.
 
     Raises:
@@ -71,8 +71,8 @@ def draw(
         raise ValueError(
             f"the residual of {how.name} is beyond float16's largest value, 65504; use bfloat16"
         )
-    anew = tuple(term.restarted() for term in terms if term.restarted is not None)
-    return Weight(base, (factors, *anew), torch.tensor(how.input_dim), lost)
+    restarted = tuple(term.restarted() for term in terms if term.restarted is not None)
+    return Weight(base, (factors, *restarted), torch.tensor(how.input_dim), lost)
 
 
 def draw_all(

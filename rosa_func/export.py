@@ -21,8 +21,8 @@ from rosa_func.weight.low_rank import LowRank, low_rank
 def to_module(model: nn.Module, state: TensorDict) -> nn.Module:
     """Return a new plain module of the same class with the merged weights.
 
-    It shares no memory with the model or the state, has the ties of the model, and is all that
-    `save_pretrained` or `generate` need.
+    It shares no memory with the model or the state, and has the ties of the model. It can be saved
+    by `save_pretrained` and used by `generate`.
 
     Args:
         model: the model, or its `skeleton`; it is not written to.
@@ -79,8 +79,9 @@ def to_peft(
 
     Raises:
         ValueError: if peft could not load it, or not as what it is (the weight, and why, are
-            named): one of a module of another kind, such as a convolution's, a parameter trained
-            in full that is not in a module of its own, or nothing adapted. Nothing is written then.
+            named): a weight of a module of another kind, such as a convolution; a parameter
+            trained in full whose module has other modules or an adapter in it; or nothing
+            adapted. Nothing is written then.
 
     Warns:
         UserWarning: if a tied weight is adapted: load the adapter, but do not let peft merge it,

@@ -134,9 +134,9 @@ def bind(model: nn.Module, state: TensorDict) -> Iterator[nn.Module]:
 def recompute() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
     """Return the contexts of the two forward passes of a checkpointed segment.
 
-    Gradient checkpointing runs a segment again in the backward pass, when `call` has long put the
-    model's own weights back. Given as `context_fn`, this puts the composed weights of that call in
-    their place once more, and gradients are those without checkpointing. `call` refuses a
+    Gradient checkpointing runs a segment again in the backward pass, after `call` has put the
+    model's own weights back. Given as `context_fn`, this puts the composed weights of that call
+    back for the second run, so gradients are those without checkpointing. `call` refuses a
     transformers model in training that checkpoints without it. A model that calls
     `torch.utils.checkpoint.checkpoint` itself passes `use_reentrant=False,
     context_fn=rosa_func.recompute` there; outside `call` and `bind` this does nothing.
@@ -183,8 +183,8 @@ def _fitted(model: nn.Module, state: TensorDict) -> Swapped:
 def _in_each_place(model: nn.Module, state: TensorDict) -> dict[str, Tensor]:
     """Return what `_fitted` swaps by the names of all places, for torch's own swap.
 
-    A module that is in two places itself counts as one place: left to find the ties, torch would
-    swap its weights twice, and the second time put back the first time's.
+    A module that is in two places is listed once. Torch, left to find the ties, would swap its
+    weights twice, and put back those of the first swap after the second.
     """
     weights = compose(state)
     names = _fit(model, {name: weight.shape for name, weight in weights.items()})
@@ -202,7 +202,7 @@ def _in_each_place(model: nn.Module, state: TensorDict) -> dict[str, Tensor]:
 
 
 class _All(AbstractContextManager[None]):
-    """Several contexts, one inside the other, entered anew each time."""
+    """Several contexts, one inside the other, which can be entered again."""
 
     def __init__(self, *contexts: AbstractContextManager[None]) -> None:
         self._contexts = contexts

@@ -37,8 +37,8 @@ class RosaModule(nn.Module):
     The trainable leaves are cloned, so neither the state nor the model is ever written to.
 
     Under DDP each process makes the module of the same state: DDP sends the parameters of the first
-    to the others, but not the frozen part (see `distributed.check_equal`). Switch gradient
-    checkpointing on in the model (see `recompute`), not by Trainer's arguments.
+    to the others, but not the frozen part (see `distributed.check_equal`). Enable gradient
+    checkpointing in the model (see `recompute`), not by Trainer's arguments.
 
     Args:
         model: the model, or its `skeleton`.
@@ -67,7 +67,7 @@ class RosaModule(nn.Module):
             if trains(path):
                 value = nn.Parameter(value.detach().clone())
             self._register(path, value)
-        # Not a submodule: its parameters, on the meta device, are nobody's business.
+        # Not a submodule: its parameters are on the meta device, and must not be listed.
         self.__dict__["skeleton"] = skeleton(model)
         self.train(model.training)
         self.__class__ = _class_for(type(model))  # type: ignore[arg-type]
@@ -134,7 +134,7 @@ class RosaModule(nn.Module):
         found = getattr(model, name)
         if name == "device":
             return next(self.parameters()).device
-        # What sets the model up need not see the state, and must work where `bind` refuses.
+        # Methods that set the model up do not need the state, and must work where `bind` refuses.
         if not isinstance(found, MethodType) or "checkpointing" in name:
             return found
 

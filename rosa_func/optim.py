@@ -29,12 +29,12 @@ def groups(
     output: Mapping[str, Any] | None = _NO_OPTIONS,
     full: Mapping[str, Any] | None = _NO_OPTIONS,
 ) -> list[dict[str, Any]]:
-    """Return parameter groups for any `torch.optim` optimizer, with options of their own.
+    """Return parameter groups for any `torch.optim` optimizer, each with its options.
 
         layer(x) = x R + (x input side) output side
 
-    As in LoRA+, where the two sides have rates of their own, the output side the higher one. In
-    the parameter's layout the input side is B for `nn.Linear` (out x in) and A for `Conv1D` (in x
+    In LoRA+ the two sides have different rates, and that of the output side is higher. In the
+    parameter's layout the input side is B for `nn.Linear` (out x in) and A for `Conv1D` (in x
     out); an embedding counts as the transposed linear layer to which it is often tied, so B. Weight
     decay on the factors decays *pretrained* content: set it to 0 there, and where it is wanted give
     it to `full` alone.
@@ -109,8 +109,8 @@ def rebind(
     that was not in the optimizer is not put there. Tensors trained in full keep their moments,
     and so does a pair A, B that is bit for bit what it was. For the others, `moments` says:
 
-    - "reset": start afresh, the step count included (else Adam's bias correction, no longer small
-      at a late step, makes the first step after a resample several times too large);
+    - "reset": start again, the step count too. (With the old count, Adam's bias correction would
+      be that of a late step, and the first step after a resample several times too large);
     - "project": carry them into the new subspace. The old moments of A and B are those of G B^T
       and A^T G, G being the gradient of W; the new ones are
 
@@ -130,8 +130,8 @@ def rebind(
 
     "reset" is the default: where it was measured (E2E, AdamW, rank 4, all at the rate that was best
     for "reset", 95% intervals), "keep" lost more than resampling gains (+0.126 ± 0.013 nats a token
-    to "reset"), "prune" with a warm-up most of it (+0.081 ± 0.033); "project" was level (-0.025 ±
-    0.029; examples/experiments/RESULTS.md, `moments`).
+    to "reset"), and "prune" with a warm-up most of it (+0.081 ± 0.033). "project" made no
+    difference (-0.025 ± 0.029; examples/experiments/RESULTS.md, `moments`).
 
     Args:
         optimizer: any of `torch.optim` whose state is per parameter (all but LBFGS); "project"

@@ -1,4 +1,4 @@
-"""Where a model keeps its tensors: worked out once, and looked up at each call."""
+"""Where a model keeps its tensors: found once, and looked up at each call."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -36,9 +36,10 @@ class Places(NamedTuple):
     Attributes:
         tensors: the parameters and persistent buffers, by their first names.
         slots: every place of each of them, and those of the other buffers.
-        buffered: the modules with buffers of their own.
+        buffered: the modules that have buffers themselves.
         checkpointing: the modules that may recompute, by name, as transformers marks them.
-        keys, values: all keys and tensors of all modules, to see whether anything was replaced.
+        modules: all of them.
+        keys, values: of all tables of all modules, to see whether anything was replaced.
     """
 
     tensors: "dict[str, ref[Tensor]]"
@@ -87,7 +88,7 @@ class Swapped(AbstractContextManager[None]):
             table[key] = tensor
 
     def again(self) -> "Swapped":
-        """Return one more, to be entered on its own."""
+        """Return another swap of the same tensors, to be entered separately."""
         return Swapped(self._tables, self._tensors)
 
 

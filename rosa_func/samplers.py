@@ -50,7 +50,7 @@ def random(W: Tensor, r: int, site: Site) -> tuple[Tensor, Tensor]:
         W = sum_i s_i u_i v_i^T,    A B = sum_{i in I} s_i u_i v_i^T,    I a random r-subset
 
     The singular values are shared equally: column i of A and row i of B both have norm sqrt(s_i).
-    (All on the input side was measured to be level with that, all on the output side not better;
+    (Measured: all on the input side made no difference, all on the output side was not better;
     examples/experiments/RESULTS.md, `factors`.)
     Directions come from `eigh` of the smaller Gram matrix in W's dtype. Within it, directions
     whose singular values are closer than about eps * s_max**2 / s_i mix: the subspace is then
@@ -116,7 +116,7 @@ def projection(W: Tensor, r: int, site: Site) -> tuple[Tensor, Tensor]:
         A B = Q Q^T W (m <= n)  or  W Q Q^T (m > n),    Q^T Q = I, uniformly distributed
 
     Q is the QR factor of a Gaussian matrix; the norm of each term is shared equally. On text it was
-    measured to be level with `random` or better, and a draw takes a fraction of the time; in
+    measured to be as good as `random` or better, and a draw takes a fraction of the time; in
     regression from rank 8 on it needs more cycles (examples/experiments/RESULTS.md,
     `e2e-samplers` and `theorem`).
 

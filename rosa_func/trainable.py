@@ -10,7 +10,7 @@ from rosa_func.weight.parts import Weight, trainable
 
 
 def named_parameters(state: TensorDict) -> dict[str, Tensor]:
-    """Return the trainable leaves by name, so that groups of them can have rates of their own.
+    """Return the trainable leaves by name, so that groups of them can have different rates.
 
     Sets `requires_grad` on them, as `parameters` does.
 

@@ -76,7 +76,7 @@ def read(path: Path) -> dict[str, Any]:
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     from safetensors import safe_open
 
-    with safe_open(path, "pt", backend="pread") as file:  # memory of its own, not the file's
+    with safe_open(path, "pt", backend="pread") as file:  # not the file's mapped memory
         return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
 
 

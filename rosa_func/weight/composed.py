@@ -18,8 +18,8 @@ from rosa_func._torch import (
 )
 from rosa_func.weight.parts import Weight, cast, dense, rebuilt, tensors
 
-# What is done where a function meets a composed weight, which rules.py fills in: a rule takes the
-# function and its arguments, and returns NotImplemented where the dense weight is to be formed.
+# What a function does with a composed weight. The tables are filled by rules.py. A rule takes the
+# function and its arguments. It returns NotImplemented where the dense weight is to be formed.
 RULES: dict[Any, Callable[..., Any]] = {}
 OPERATOR_RULES: dict[str | None, Callable[..., Any]] = {}  # of operators, by their names
 
@@ -27,12 +27,12 @@ OPERATOR_RULES: dict[str | None, Callable[..., Any]] = {}  # of operators, by th
 class Composed(Tensor):
     """A tensor of a weight's shape that stands for R + A B wherever it is used as a weight.
 
-    Made of differentiable operations on the parts, plain ones wherever a transform of torch.func
-    or a compiler is at work.
+    It computes by differentiable operations on the parts. Under a transform of torch.func or a
+    compiler these are plain ones.
     """
 
     weight: Weight
-    matrices: "tuple[Any, list[Composed]]"  # of a batch, once one is asked for, and when that was
+    matrices: "tuple[Any, list[Composed]]"  # of a batch: their `_moment`, and they
 
     @classmethod
     def __torch_function__(
@@ -72,7 +72,7 @@ def composed(w: Weight) -> Tensor:
 
 
 def all_composed(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
-    """Return `composed` of each; those of one shape share what they look like.
+    """Return `composed` of each; weights of one shape share one tensor of NaN.
 
     A compiler that cannot follow those is given the dense weights.
     """
@@ -113,8 +113,8 @@ def _nothing_like(w: Weight) -> Tensor:
 class _Outside(torch.autograd.Function):
     """The gradient of a weight that is used where `__torch_function__` is not asked.
 
-    Such as in an autograd.Function of the model's own, whose forward pass sees the whole weight
-    and whose backward pass returns the gradient of the whole.
+    An example is an autograd.Function of the model: its forward pass sees the whole weight, and
+    its backward pass returns the gradient of the whole weight.
     """
 
     @staticmethod
@@ -168,7 +168,7 @@ def getter(attribute: str) -> Any:
     return getattr(Tensor, attribute).__get__
 
 
-# What the rules take by name; whatever else is given so is left to the dense weight.
+# The arguments that rules take by name. A call with any other forms the dense weight.
 _OPTIONS = {
     *("bias", "stride", "padding", "dilation", "groups"),
     *("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
@@ -176,7 +176,7 @@ _OPTIONS = {
     *("dim0", "dim1", "offs", "out_dtype"),
 }
 
-# What can be answered without the weight's values. Strides are those of what a compiler can see.
+# What can be answered without the weight's values. Strides are those that a compiler sees.
 _METADATA = {
     *map(getter, ("shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes")),
     *map(getter, ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized")),

@@ -154,7 +154,7 @@ def trains(path: Path) -> bool:
 
 
 def is_drawn(path: Path) -> bool:
-    """Return whether a resample makes the tensor at that path of an adapted weight."""
+    """Return whether a draw makes another tensor for that path of an adapted weight."""
     return path[0] != "input_dim"
 
 

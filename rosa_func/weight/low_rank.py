@@ -49,7 +49,7 @@ class LowRank(NamedTuple):
         """Say so if the factors do not multiply to a weight of that shape."""
         A, B = self.A.shape, self.B.shape
         if len(A) == 2 and A[1] == B[0] and (A[0], B[1]) == shape:
-            return None  # as it mostly is
+            return None  # the usual case
         rest = math.prod(shape[len(A) - 1 :])
         fits = len(A) == len(B) <= len(shape) and A[-1] == B[-2] and A[:-2] == B[:-2]
         if fits and (*A[:-1], B[-1]) == (*shape[: len(A) - 1], rest):
@@ -163,7 +163,7 @@ def low_rank(w: Weight) -> LowRank:
 def _left_gradient(rows: Tensor, d_inner: Tensor) -> Tensor:
     """Return rows^T d_inner.
 
-    With few columns the transposed product is quicker, although autograd then copies the result
-    into the layout of the factor.
+    With few columns the transposed product is quicker. Autograd then copies the result into the
+    layout of the factor, and even so it is quicker.
     """
     return (d_inner.mT @ rows).mT if d_inner.shape[1] <= 32 else rows.mT @ d_inner

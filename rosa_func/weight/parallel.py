@@ -13,9 +13,9 @@ S = TypeVar("S")
 def map_weights(work: Callable[[T], S], items: Iterable[T]) -> list[S]:
     """Return [work(item) for item in items], computed by as many workers as torch has threads.
 
-    LAPACK and BLAS give other bits with another number of threads, so each worker has one: results
-    then depend on neither the machine's threads nor on what else is adapted. It is the faster
-    way too. Gradients are off inside.
+    LAPACK and BLAS give other bits with another number of threads. So each worker has one thread,
+    and results do not depend on the machine's threads or on what else is adapted. This is faster
+    too. Gradients are off inside.
     """
     threads = torch.get_num_threads()
 

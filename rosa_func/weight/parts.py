@@ -5,7 +5,7 @@ A weight is a fold. It starts from its base, and each term maps W to W:
     W = term_k(... term_1(base)),    with one low-rank term: W = R + A B
 
 Bases and terms are NamedTuples of tensors. The names of their fields are the names of their
-entries in a state, so the kind of a part is read from its entries. A new kind is a file of its own
+entries in a state, so the kind of a part is read from its entries. A new kind is a new file
 and a line in `layout.BASES` or `layout.TERMS`; no rule changes.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Base(Protocol):
-    """How the frozen residual R of a weight is stored. What is optional may be None."""
+    """How the frozen residual R of a weight is stored. Optional members may be None."""
 
     @property
     def _fields(self) -> tuple[str, ...]: ...
@@ -115,8 +115,8 @@ class Weight(NamedTuple):
         terms: what trains, in the order in which it is folded in.
         input_dim: an integer tensor: the dimension that meets the layer's input, 0 or 1, or -2 or
             -1 in a batch of matrices.
-        lost: what rounding took from the residual, where it is kept. Without elements while
-            nothing was lost; its dtype is that in which it will be kept.
+        lost: what rounding took from the residual, where it is kept. It has no elements while
+            nothing was lost; its dtype is the one in which a loss will be kept.
         flipped: whether this stands for the transpose (of the last two dimensions).
     """
 

@@ -70,7 +70,7 @@ def _sum(x: Tensor, w: Weight, bias: Tensor | None, flipped: bool) -> Tensor:
 def _sum_in_place(
     x: Tensor, w: Weight, bias: Tensor | None, flipped: bool
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Return the sum, and of each term what its `pull` is to be given."""
+    """Return the sum, and for each term what its `pull` is to be given."""
     out = w.base.apply(x, flipped, bias)  # type: ignore[misc]
     kept: list[Tensor | None] = []
     for term in w.terms:
@@ -85,8 +85,8 @@ def _sum_in_place(
 class _InPlace(torch.autograd.Function):
     """The sum of a base's and its terms' products, each added in place.
 
-    That saves passes over memory. Neither a transform of torch.func nor autocast can go through
-    it. The weight is given twice: as a whole, and as its tensors, which autograd can see.
+    That saves passes over memory. It does not work under transforms of torch.func or autocast.
+    The weight is given twice: as a whole, and as its tensors, which autograd can see.
     """
 
     @staticmethod

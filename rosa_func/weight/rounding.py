@@ -64,9 +64,9 @@ def split(
 def join(w: Weight) -> Tensor:
     """Return W, unrounded: in float64 or float32 where the weight has 16 bits.
 
-    With what was lost, R + A B = h + l exactly. Where the two cancel, l = 0 and h + lost is rounded
-    once; elsewhere l + lost is at most a unit in the last place of R and its own rounding error is
-    a square of that, so a W that is a number of R's dtype comes back bit for bit.
+    Where a loss is kept, R + A B = h + l exactly. If the two cancel, l = 0 and h + lost is rounded
+    once. Otherwise l + lost is at most a unit in the last place of R, and its own rounding error is
+    of the order of that squared. So a W that is a number of R's dtype comes back bit for bit.
     """
     R, terms = w.base.dense().detach(), [aligned(term) for term in w.terms]
     wide = factor_dtype(R.dtype)

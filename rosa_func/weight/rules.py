@@ -1,4 +1,4 @@
-"""The rules of composed weights: what each operation in which modules use a weight does with it."""
+"""The rules of composed weights: what each operation of a module does with its weight."""
 
 from typing import Any
 
@@ -72,7 +72,7 @@ def _embedding(
     weight = w.weight
     if weight.flipped or not all(term.ndim == 2 and term.rows for term in weight.terms):
         return NotImplemented
-    # torch.embedding ignores autocast, so the factors' product does.
+    # torch.embedding ignores autocast, so the product of the factors does too.
     with without_autocast(w.device):
         rows = func(indices, weight.base.dense())
         for term in weight.terms:
@@ -142,7 +142,7 @@ def _getitem(func: Any, w: Any, index: Any) -> Any:
 
 
 def _moment(w: Weight) -> Any:
-    """Return what is another once matrices taken earlier would lack gradients, or be outdated.
+    """Return a value that changes when matrices that were taken before can no longer be used.
 
     Inside a `bind`, gradients may be switched on and off, and an optimizer may step.
     """
@@ -153,7 +153,7 @@ def _moment(w: Weight) -> Any:
 
 
 def _is_place(index: Tensor) -> bool:
-    """Return whether an index is one number, which can be read without a compiler's notice."""
+    """Return whether an index is one number that may be read here (a compiler would object)."""
     return index.ndim == 0 and is_eager()
 
 
@@ -166,7 +166,7 @@ def _grouped(
 
 
 def _requires_grad(func: Any, w: Any) -> bool:
-    # Not that of a dense weight, which is False where gradients are off.
+    # That of a dense weight would be False where gradients are off.
     return any(t.requires_grad for t in tensors(w.weight))
 
 
