@@ -1,5 +1,6 @@
-"""The Hypothesis profile of the tests, and the toy parts."""
+"""The Hypothesis profile of the tests, the toy parts, and what is not collected."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,9 @@ settings.register_profile(
     "rosa_func", deadline=None, derandomize=True, max_examples=10, phases=_PHASES
 )
 settings.load_profile("rosa_func")
+
+# The experiments need Python 3.11, for its tomllib.
+collect_ignore_glob = ["test_experiments*.py"] if sys.version_info < (3, 11) else []
 
 
 @pytest.fixture(scope="module")
