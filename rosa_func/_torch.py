@@ -30,8 +30,8 @@ __all__ = [
 ]
 
 
-# Tried: 2.6, 2.8 and 2.11, which do not follow all, and 2.13 and 2.14, which do.
-_HAS_OLD_DYNAMO = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+# Tried: 2.6 and 2.8, which do not follow all, and 2.11, 2.13 and 2.14, which do.
+_HAS_OLD_DYNAMO = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
 
 # Products of groups of rows with a matrix each, under the names of this torch.
 GROUPED_PRODUCTS: list[Callable[..., Tensor]] = [
@@ -54,7 +54,7 @@ def is_eager() -> bool:
 
 
 def is_old_dynamo() -> bool:
-    """Return whether dynamo of torch before 2.13 is tracing, which cannot follow all that we do.
+    """Return whether dynamo of torch before 2.11 is tracing, which cannot follow all that we do.
 
     Not a property of a NamedTuple, and in 2.6 no new tensor of a subclass either.
     """

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -230,13 +232,24 @@ def _gpt_oss(**options: Any) -> nn.Module:
     return GptOssForCausalLM(GptOssConfig(**config))
 
 
+def _or_skip(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Skip a test of experts where transformers does not keep those of a layer in one weight."""
+
+    def built(**options: Any) -> nn.Module:
+        if int(transformers.__version__.partition(".")[0]) < 5:
+            pytest.skip("before transformers 5 each expert is a module")
+        return build(**options)
+
+    return built
+
+
 # Each takes further entries of its configuration.
 MOE_BUILDERS: dict[str, Callable[..., nn.Module]] = {
-    "mixtral": _mixtral,
-    "qwen2-moe": _qwen2_moe,
-    "qwen3-moe": _qwen3_moe,
-    "deepseek-v3": _deepseek_v3,
-    "gpt-oss": _gpt_oss,
+    "mixtral": _or_skip(_mixtral),
+    "qwen2-moe": _or_skip(_qwen2_moe),
+    "qwen3-moe": _or_skip(_qwen3_moe),
+    "deepseek-v3": _or_skip(_deepseek_v3),
+    "gpt-oss": _or_skip(_gpt_oss),
 }
 MOE_NAMES = list(MOE_BUILDERS)
 

@@ -22,7 +22,7 @@ def right(x: Tensor, w: Weight, bias: Tensor | None = None, *, flipped: bool) ->
         out = _sum(rows, w, bias, flipped)
     elif not torch.is_grad_enabled():
         out = _sum_in_place(rows, w, bias, flipped)[0]
-    elif any(t.requires_grad for t in _base(w)) or not all(term.pull for term in w.terms):
+    elif any(t.requires_grad for t in _base(w)) or any(term.pull is None for term in w.terms):
         out = _sum(rows, w, bias, flipped)
     else:
         out = _InPlace.apply(w, flipped, bias, rows, *tensors(w))  # type: ignore[no-untyped-call]
@@ -38,7 +38,7 @@ def batched(x: Tensor, w: Weight, flipped: bool) -> Tensor:
 
 def grouped(product: Callable[..., Tensor], x: Tensor, w: Weight) -> Tensor:
     """Return x W[e] for the rows x of each group e, by a product of groups; raises as `right`."""
-    if not w.is_batch() or w.base.select is None or not all(term.grouped for term in w.terms):
+    if not w.is_batch() or w.base.select is None or any(term.grouped is None for term in w.terms):
         raise NotImplementedError
     R = w.base.dense()
     out = product(x, R.mT if w.flipped else R)

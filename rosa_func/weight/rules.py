@@ -70,7 +70,7 @@ def _embedding(
     if max_norm is not None or scale_grad_by_freq or not _is_weight(w, indices) or w.ndim != 2:
         return NotImplemented
     weight = w.weight
-    if weight.flipped or not all(term.ndim == 2 and term.rows for term in weight.terms):
+    if weight.flipped or any(term.ndim != 2 or term.rows is None for term in weight.terms):
         return NotImplemented
     # torch.embedding ignores autocast, so the product of the factors does too.
     with without_autocast(w.device):
@@ -105,7 +105,7 @@ def _convolution(
     if groups != 1 or not _is_weight(w, x, bias) or w.weight.flipped:
         return NotImplemented
     base, terms = w.weight.base, w.weight.terms
-    if not all(term.ndim == 2 and term.convolve for term in terms):
+    if any(term.ndim != 2 or term.convolve is None for term in terms):
         return NotImplemented
     out = func(x, base.dense(), bias, stride, padding, dilation)
     for term in terms:
@@ -128,7 +128,7 @@ def _getitem(func: Any, w: Any, index: Any) -> Any:
         return NotImplemented
     if isinstance(index, Tensor) and (index.is_floating_point() or index.dtype == torch.bool):
         return NotImplemented
-    if weight.base.select is None or not all(term.select for term in weight.terms):
+    if weight.base.select is None or any(term.select is None for term in weight.terms):
         return NotImplemented
     if len(weight.base.shape) == 3 and (not isinstance(index, Tensor) or _is_place(index)):
         if not hasattr(w, "matrices") or w.matrices[0] != _moment(weight):
