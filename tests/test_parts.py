@@ -246,6 +246,7 @@ def test_vmap_of_gradients_over_states_and_over_samples(parts: Parts):
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @over(ALL_PARTS)
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # of torch 2.14, in forward mode
 def test_jvp_is_the_slope_along_a_tangent(parts: Parts):
     state = trained_state(parts)
     tangent = state["trainable"].apply(torch.ones_like)

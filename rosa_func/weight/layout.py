@@ -74,20 +74,19 @@ def read(state: TensorDict) -> Parts:
             raise KeyError(f"the state lacks the frozen residual of {name}")
         fields = dict(value.items())
         if name in supports:
-            fields |= dict(supports[name].items())
+            fields.update(supports[name].items())
         base, terms = _base(name, frozen[name]), _terms(name, fields)
         adapted[name] = Weight(base, terms, dims[name], lost.get(name))
         if is_checked:
             _check_shapes(name, adapted[name])
     if len(dims) > len(adapted):
-        name = min(dims.keys() - adapted.keys())
+        name = next(name for name in dims if name not in adapted)
         raise KeyError(f"the state lacks {name} in trainable")
     if is_checked and "compensation" in branches:
         _check_compensation(adapted)
     for what, names in (("fixed entries", supports), ("a compensation", lost)):
-        if names.keys() - adapted.keys():
-            name = min(names.keys() - adapted.keys())
-            raise KeyError(f"the state has {what} of {name}, which is not adapted")
+        if stray := [name for name in names if name not in adapted]:
+            raise KeyError(f"the state has {what} of {stray[0]}, which is not adapted")
     return Parts({**frozen, **adapted}, full)
 
 
