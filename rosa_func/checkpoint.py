@@ -10,7 +10,6 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from rosa_func import modules
-from rosa_func.cycle import merge
 from rosa_func.files import container, nested
 from rosa_func.forward import check_fit
 from rosa_func.keys import canonical
@@ -148,7 +147,8 @@ def delta(
     modules.refuse_meta(model)
     names = check_fit(model, state)
     pretrained = {names[name]: tensor for name, tensor in modules.tensors(model).items()}
-    adapted = read(state).adapted()
+    parts = read(state)
+    adapted = parts.adapted()
 
     def changed(name: str) -> Factored:
         w, W0 = adapted[name], pretrained[name]
@@ -160,13 +160,13 @@ def delta(
         return factored(D, W.norm(dim=(-2, -1)), tol=tol, rank=rank, dtype=dtype)
 
     changes = dict(zip(adapted, map_weights(changed, adapted), strict=True))
-    merged = merge(state)
+    rest = {name: t for name, t in parts.frozen.items() if isinstance(t, Tensor)} | parts.full
     entries: dict[str, dict[str, Any]] = {
         "change": {name: {"A": change.A, "B": change.B} for name, change in changes.items()},
         "full": {
-            name: merged[name].clone()
+            name: rest[name].detach().clone()
             for name, tensor in pretrained.items()
-            if name not in changes and not torch.equal(merged[name], tensor)
+            if name not in changes and not torch.equal(rest[name], tensor)
         },
         "error": {name: change.error for name, change in changes.items()},
     }
