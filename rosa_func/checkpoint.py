@@ -152,8 +152,7 @@ def delta(
 
     def changed(name: str) -> Factored:
         w, W0 = adapted[name], pretrained[name]
-        factors = low_rank(w)
-        shape = (*factors.A.shape[:-2], *factors.matrix_shape)
+        shape = low_rank(w).shape
         W = rounding.join(w).double().reshape(shape)
         D = W - W0.reshape(shape).to(W)
         dtype = rounding.factor_dtype(W0.dtype)
@@ -222,8 +221,7 @@ def apply_delta(model: nn.Module, delta: TensorDict) -> dict[str, Tensor]:
         name, factors = named(given), LowRank(value["A"], value["B"])
         W = weights[name]
         if factors.check(W.shape):
-            shape = (*factors.A.shape[:-2], *factors.matrix_shape)
-            raise _of_another_shape(given, shape, model, W)
+            raise _of_another_shape(given, factors.shape, model, W)
         wide = W.to(factors.A.dtype)
         factors = LowRank(factors.A.to(W.device), factors.B.to(W.device))
         changed[name] = factors.fold(wide).to(W.dtype)

@@ -45,6 +45,11 @@ class LowRank(NamedTuple):
         """The dimensions of a factor."""
         return self.A.ndim
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the product, or of the batch of products."""
+        return (*self.A.shape[:-2], *self.matrix_shape)
+
     def check(self, shape: torch.Size) -> str | None:
         """Say so if the factors do not multiply to a weight of that shape."""
         A, B = self.A.shape, self.B.shape
