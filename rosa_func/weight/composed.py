@@ -92,9 +92,8 @@ Looks = dict[tuple[torch.Size, torch.dtype, torch.device], Tensor]
 
 def standing_for(w: Weight, looks: Looks) -> Composed:
     """Return a tensor that looks like the weight and stands for it."""
-    values = tensors(w)
-    if torch.is_grad_enabled() and is_eager() and any(t.requires_grad for t in values):
-        seen = _Outside.apply(w, *values)  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() and is_eager() and any(t.requires_grad for t in tensors(w)):
+        seen = _Outside.apply(w, *tensors(w))  # type: ignore[no-untyped-call]
     else:
         key = w.shape, w.base.dtype, w.base.device
         if key not in looks:

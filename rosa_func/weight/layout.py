@@ -181,12 +181,13 @@ def _terms(name: str, fields: dict[str, Tensor]) -> tuple[Term, ...]:
     """Return the terms that these fields make up, each field in one of them."""
     terms, left = [], dict(fields)
     for kind in TERMS:
-        if any(field in left for field in kind._fields):
-            for field in kind._fields:
-                if field not in left:
-                    what = "factor" if kind is LowRank else "entry"
-                    raise KeyError(f"the state lacks the {what} {field} of {name}")
-            terms.append(kind(*(left.pop(field) for field in kind._fields)))
+        values = [left.pop(field) for field in kind._fields if field in left]
+        if len(values) == len(kind._fields):
+            terms.append(kind(*values))
+        elif values:
+            missing = next(field for field in kind._fields if field not in fields)
+            what = "factor" if kind is LowRank else "entry"
+            raise KeyError(f"the state lacks the {what} {missing} of {name}")
     if left or not terms:
         known = "; ".join(", ".join(kind._fields) for kind in TERMS)
         raise KeyError(f"{name} has the entries {sorted(fields)}, which are not those of {known}")

@@ -183,14 +183,22 @@ def unbound(w: Weight) -> list[Weight]:
 
 def cast(term: Term, dtype: torch.dtype) -> Term:
     """Return the term with what trains in that dtype."""
+    given: Any = term
+    for value in given:
+        if value.dtype != dtype:
+            break
+    else:
+        return term  # the usual case
     others = [field for field, value in trainable(term).items() if value.dtype != dtype]
     return mapped(term, lambda field: field.to(dtype), others) if others else term
 
 
 def tensors(w: Weight) -> list[Tensor]:
     """Return the tensors that a product with the weight reads; see `rebuilt`."""
-    parts: tuple[Any, ...] = (w.base, *w.terms)
-    return [field for part in parts for field in part]
+    found = [*w.base]  # type: ignore[misc]
+    for term in w.terms:
+        found += term  # type: ignore[arg-type]
+    return found
 
 
 def rebuilt(w: Weight, values: Iterable[Tensor]) -> Weight:

@@ -17,7 +17,8 @@ def right(x: Tensor, w: Weight, bias: Tensor | None = None, *, flipped: bool) ->
     """
     if not _can_apply(w, 2):
         raise NotImplementedError
-    rows = x.reshape(-1, x.shape[-1])
+    lead = x.shape[:-1]
+    rows = x if len(lead) == 1 else x.reshape(-1, x.shape[-1])
     if not is_eager() or is_autocast(x.device) or (bias is not None and bias.ndim != 1):
         out = _sum(rows, w, bias, flipped)
     elif not torch.is_grad_enabled():
@@ -26,7 +27,7 @@ def right(x: Tensor, w: Weight, bias: Tensor | None = None, *, flipped: bool) ->
         out = _sum(rows, w, bias, flipped)
     else:
         out = _InPlace.apply(w, flipped, bias, rows, *tensors(w))  # type: ignore[no-untyped-call]
-    return out if x.ndim == 2 else out.view(*x.shape[:-1], out.shape[-1])
+    return out if len(lead) == 1 else out.view(*lead, out.shape[-1])
 
 
 def batched(x: Tensor, w: Weight, flipped: bool) -> Tensor:
