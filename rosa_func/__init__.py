@@ -9,10 +9,11 @@
 
 from rosa_func import checkpoint, distributed, export, module, optim, samplers
 from rosa_func.cycle import Method, init, merge, method, resample
-from rosa_func.forward import bind, call, compose, recompute
+from rosa_func.forward import adapted, bind, call, compose
 from rosa_func.keys import fold_in
 from rosa_func.modules import skeleton
 from rosa_func.pretrained import init_from
+from rosa_func.recomputing import recompute
 from rosa_func.trainable import Count, count, named_parameters, parameters
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Count",
     "Method",
+    "adapted",
     "bind",
     "call",
     "checkpoint",

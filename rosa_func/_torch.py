@@ -12,7 +12,10 @@ from torch.nn.modules.conv import _ConvNd as Convolution
 from torch.utils._pytree import tree_map
 
 __all__ = [
+    "FORWARD_TABLES",
     "GROUPED_PRODUCTS",
+    "STATE_DICT_HOOKS",
+    "TENSOR_TABLES",
     "Convolution",
     "are_transforms_off",
     "is_autocast",
@@ -20,6 +23,7 @@ __all__ = [
     "is_old_dynamo",
     "operator_name",
     "own_buffers",
+    "own_hooks",
     "own_modules",
     "own_parameters",
     "own_persistent_buffers",
@@ -97,6 +101,21 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
 def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
     """Return the table of a module's children."""
     return module._modules
+
+
+# The tables of a module by their attributes: those of its tensors; the hooks that do not matter to
+# a forward pass; and all that a forward pass may add to.
+TENSOR_TABLES = frozenset({"_parameters", "_buffers"})
+_TABLES = [key for key, value in nn.Module().__dict__.items() if isinstance(value, dict | set)]
+STATE_DICT_HOOKS = frozenset(key for key in _TABLES if "state_dict" in key)
+FORWARD_TABLES = [key for key in _TABLES if key not in STATE_DICT_HOOKS and key != "_modules"]
+_HOOKS = [key for key in FORWARD_TABLES if key.endswith("_hooks")]
+
+
+def own_hooks(module: nn.Module) -> list[dict[int, Any]]:
+    """Return the tables of the hooks of a module alone that its passes call."""
+    attributes = module.__dict__
+    return [attributes[key] for key in _HOOKS]
 
 
 def own_persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,10 +1,11 @@
-"""From a state to the forward pass of a model: compose, call, bind, recompute."""
+"""From a state to the forward pass of a model: compose, call, adapted, bind."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from tensordict import TensorDict
@@ -13,11 +14,11 @@ from torch.func import functional_call
 
 from rosa_func import modules
 from rosa_func._torch import own_buffers, own_parameters
-from rosa_func.places import Swapped, places, swapped
+from rosa_func.places import Places, places, standing, swapped
+from rosa_func.recomputing import recomputed_in, refuse_wrong_checkpointing
 from rosa_func.weight import Parts, all_composed, read
 
-# The swaps under which a checkpointed segment runs, the innermost last.
-_bound: ContextVar[tuple[Swapped, ...]] = ContextVar("bound", default=())
+_locks: "WeakKeyDictionary[nn.Module, Any]" = WeakKeyDictionary()
 
 
 def compose(state: TensorDict) -> dict[str, Tensor]:
@@ -61,9 +62,9 @@ def compose(state: TensorDict) -> dict[str, Tensor]:
 def call(model: nn.Module, state: TensorDict, /, *args: Any, **kwargs: Any) -> Any:
     """Compute model(*args, **kwargs) with the weights of the state; the model is not written to.
 
-    It is `functional_call(model, compose(state), args, kwargs)`, checked: names and shapes must
-    fit, and the buffers of modules in training mode (the statistics of BatchNorm) are cloned, so
-    that what the forward pass writes to them is dropped.
+    It is `functional_call(model, compose(state), args, kwargs)`, checked, and on a copy of the
+    model's modules (see `adapted`): several threads may call one model, and what the forward pass
+    writes to buffers (the statistics of BatchNorm) or sets as attributes is dropped.
 
     With a transformers model under `vmap` or `torch.compile`, return `.logits` and pass
     `use_cache=False`. Dropout under `vmap` needs `vmap(..., randomness="different")` (or
@@ -81,8 +82,8 @@ def call(model: nn.Module, state: TensorDict, /, *args: Any, **kwargs: Any) -> A
 
     Raises:
         KeyError: if the state lacks a tensor of the model, or has one of another name.
-        ValueError: if a shape differs (both are named), or if the model, in training, uses
-            gradient checkpointing without `recompute`.
+        ValueError: if a shape differs (both are named); if the model cannot be copied and uses
+            gradient checkpointing, in training, without `recompute`.
 
     Example:
         >>> import rosa_func, torch
@@ -92,20 +93,62 @@ def call(model: nn.Module, state: TensorDict, /, *args: Any, **kwargs: Any) -> A
         torch.Size([3, 4])
     """
     if torch.compiler.is_compiling():  # which follows torch's own swap, and keeps no places
-        _refuse_wrong_checkpointing(model, model.named_modules())
+        refuse_wrong_checkpointing(model, model.named_modules())
         return functional_call(model, _in_each_place(model, state), args, kwargs, tie_weights=False)
-    swap = _fitted(model, state)
-    with _recomputed_in(swap), swap:
+    found, names, weights = _fitted(model, state)
+    copy = standing(found, names, weights)
+    if copy is not None:
+        return copy(*args, **kwargs)
+    with _alone(model), _bound(model, found, names, weights):
         return model(*args, **kwargs)
+
+
+def adapted(model: nn.Module, state: TensorDict) -> nn.Module:
+    """Return the model with the weights of the state, to be used by whatever method it has.
+
+    Its modules are copies that share everything but tensors and children with those of the model,
+    which is not written to. Its parameters are composed weights (see `compose`), of the values that
+    the state had: after an optimizer's step or a resample take another, which costs less than a
+    forward pass.
+
+    Args:
+        model: the model, or its `skeleton`.
+        state: a state of `init` or `resample`.
+
+    Returns:
+        A module of the model's class.
+
+    Raises:
+        KeyError, ValueError: as `call` does.
+        TypeError: if modules of the model lead to each other in a way that a copy cannot follow,
+            such as a function that closes over one (`torch.compile` makes these). `call` and
+            `bind` swap the tensors of such a model for a while, one thread at a time.
+
+    Example:
+        >>> import rosa_func, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> state, x = rosa_func.init(model, 2), torch.ones(3, 6)
+        >>> y = rosa_func.adapted(model, state)(x)
+        >>> torch.equal(y, rosa_func.call(model, state, x))
+        True
+    """
+    copy = standing(*_fitted(model, state))
+    if copy is None:
+        raise TypeError(
+            f"the modules of {type(model).__name__} lead to each other in a way that a copy cannot "
+            "follow (a function that closes over one, a compiled or scripted module): use bind"
+        )
+    return copy
 
 
 @contextmanager
 def bind(model: nn.Module, state: TensorDict) -> Iterator[nn.Module]:
     """Let the model compute with the state inside a `with` block, by whatever method it has.
 
-    So `generate` works without a merge, and so does code that calls the model itself. Inside,
-    the model's parameters are the composed weights; on leaving, also by an exception, they are its
-    own again. Not for two threads at once on one model.
+    It is for code that calls the model itself; elsewhere `adapted` is simpler. Inside, the model's
+    parameters are the composed weights; on leaving, also by an exception, they are its own again,
+    and a generator that was begun inside goes on with these. Not for two threads at once on one
+    model.
 
     Args:
         model: the model, or its `skeleton`.
@@ -115,7 +158,8 @@ def bind(model: nn.Module, state: TensorDict) -> Iterator[nn.Module]:
         The model.
 
     Raises:
-        As `call` does.
+        KeyError, ValueError: as `call` does; and if the model, in training, uses gradient
+            checkpointing without `recompute`.
 
     Example:
         >>> import rosa_func, torch
@@ -126,32 +170,8 @@ def bind(model: nn.Module, state: TensorDict) -> Iterator[nn.Module]:
         >>> torch.equal(y, rosa_func.call(model, state, x))
         True
     """
-    swap = _fitted(model, state)
-    with _recomputed_in(swap), swap:
+    with _bound(model, *_fitted(model, state)):
         yield model
-
-
-def recompute() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
-    """Return the contexts of the two forward passes of a checkpointed segment.
-
-    Gradient checkpointing runs a segment again in the backward pass, after `call` has put the
-    model's own weights back. Given as `context_fn`, this puts the composed weights of that call
-    back for the second run, so gradients are those without checkpointing. `call` refuses a
-    transformers model in training that checkpoints without it. A model that calls
-    `torch.utils.checkpoint.checkpoint` itself passes `use_reentrant=False,
-    context_fn=rosa_func.recompute` there; outside `call` and `bind` this does nothing.
-
-    Returns:
-        A pair of context managers, for `torch.utils.checkpoint.checkpoint`.
-
-    Example:
-        >>> import rosa_func
-        >>> options = {"use_reentrant": False, "context_fn": rosa_func.recompute}
-        >>> model.activation_checkpointing_enable(options)  # doctest: +SKIP
-
-        Before transformers 5.23 that is `model.gradient_checkpointing_enable`.
-    """
-    return nullcontext(), _All(*(swap.again() for swap in _bound.get()))
 
 
 def check_fit(model: nn.Module, state: TensorDict) -> dict[str, str]:
@@ -172,12 +192,33 @@ def _shapes(parts: Parts) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in (parts.frozen | parts.full).items()}
 
 
-def _fitted(model: nn.Module, state: TensorDict) -> Swapped:
-    """Return the swap of the composed weights, checked."""
+def _fitted(
+    model: nn.Module, state: TensorDict
+) -> tuple[Places, dict[str, str], dict[str, Tensor]]:
+    """Return the model's places, its names in the state, and the composed weights; checked."""
     parts, found = read(state), places(model)
     names = modules.fit(type(model).__name__, found.shapes(), _shapes(parts))
-    _refuse_wrong_checkpointing(model, ((name, owner()) for name, owner in found.checkpointing))
-    return swapped(found, names, _composed(parts))
+    return found, names, _composed(parts)
+
+
+@contextmanager
+def _bound(
+    model: nn.Module, found: Places, names: dict[str, str], weights: dict[str, Tensor]
+) -> Iterator[None]:
+    """Swap the model's tensors for a while; arguments as of `swapped`."""
+    owners = found.owners()
+    refuse_wrong_checkpointing(
+        model, [(name, owners[index]) for name, index in found.checkpointing]
+    )
+    swap = swapped(found, names, weights)
+    with recomputed_in(swap), swap:
+        yield
+
+
+def _alone(model: nn.Module) -> AbstractContextManager[object]:
+    """Return the lock of a model: one thread at a time swaps its tensors."""
+    lock: AbstractContextManager[object] = _locks.setdefault(model, RLock())
+    return lock
 
 
 def _in_each_place(model: nn.Module, state: TensorDict) -> dict[str, Tensor]:
@@ -199,49 +240,3 @@ def _in_each_place(model: nn.Module, state: TensorDict) -> dict[str, Tensor]:
             if tensor is not None and id(tensor) in by_tensor:
                 placed[f"{prefix}.{key}" if prefix else key] = by_tensor[id(tensor)]
     return placed
-
-
-class _All(AbstractContextManager[None]):
-    """Several contexts, one inside the other, which can be entered again."""
-
-    def __init__(self, *contexts: AbstractContextManager[None]) -> None:
-        self._contexts = contexts
-
-    def __enter__(self) -> None:
-        self._stack = ExitStack()
-        for context in self._contexts:
-            self._stack.enter_context(context)
-
-    def __exit__(self, *raised: object) -> None:
-        self._stack.close()
-
-
-@contextmanager
-def _recomputed_in(swap: Swapped) -> Iterator[None]:
-    """Make the segments that are checkpointed inside compute in this swap again."""
-    token = _bound.set((*_bound.get(), swap))
-    try:
-        yield
-    finally:
-        _bound.reset(token)
-
-
-def _refuse_wrong_checkpointing(model: nn.Module, named_modules: Iterable[tuple[str, Any]]) -> None:
-    """Refuse a transformers model that checkpoints so that its gradients would be wrong."""
-    if not torch.is_grad_enabled():
-        return
-    for name, module in named_modules:
-        if not (module.training and getattr(module, "gradient_checkpointing", False) is True):
-            continue
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        options = getattr(function, "keywords", {})
-        if options.get("use_reentrant", True) or options.get("context_fn") is not recompute:
-            named = hasattr(model, "activation_checkpointing_enable")
-            switch = f"{'activation' if named else 'gradient'}_checkpointing_enable"
-            given = {key: options.get(key) for key in ("use_reentrant", "context_fn")}
-            raise ValueError(
-                f"{name or type(model).__name__} uses gradient checkpointing with {given}, which "
-                "would recompute with the model's own weights; enable it by "
-                f"model.{switch}("
-                '{"use_reentrant": False, "context_fn": rosa_func.recompute})'
-            )

@@ -12,21 +12,29 @@ from torch import Tensor, nn
 
 from rosa_func import modules
 from rosa_func._torch import own_buffers, own_modules, own_parameters, own_persistent_buffers
+from rosa_func.copies import Link, copied, links, size
 
 Table = dict[str, Any]
 
 
 class Slot(NamedTuple):
-    """One place of a tensor. `name` is that of the state, None where no state holds it."""
+    """One place of a tensor.
 
-    owner: "ref[nn.Module]"
+    Attributes:
+        owner: the index of the module that has it.
+        is_buffer: whether it is a buffer.
+        key: its name there.
+        name: that of the state, None where no state holds it.
+    """
+
+    owner: int
     is_buffer: bool
     key: str
     name: str | None
 
-    def table(self) -> Table:
+    def table(self, owners: list[nn.Module]) -> Table:
         """Return the table of the owner in which the tensor is."""
-        owner: Any = self.owner()
+        owner = owners[self.owner]
         return own_buffers(owner) if self.is_buffer else own_parameters(owner)
 
 
@@ -36,17 +44,20 @@ class Places(NamedTuple):
     Attributes:
         tensors: the parameters and persistent buffers, by their first names.
         slots: every place of each of them, and those of the other buffers.
-        buffered: the modules that have buffers themselves.
-        checkpointing: the modules that may recompute, by name, as transformers marks them.
+        checkpointing: the names of the modules that may recompute, as transformers marks them,
+            and their indices.
         modules: all of them.
+        links: other ways from module to module; None if a copy cannot follow one.
+        size: of `links`, to see whether there may be others.
         keys, values: of all tables of all modules, to see whether anything was replaced.
     """
 
     tensors: "dict[str, ref[Tensor]]"
     slots: list[Slot]
-    buffered: "list[ref[nn.Module]]"
-    checkpointing: "list[tuple[str, ref[nn.Module]]]"
+    checkpointing: list[tuple[str, int]]
     modules: "list[ref[nn.Module]]"
+    links: list[Link] | None
+    size: int
     keys: list[str]
     values: "list[ref[Any] | None]"
 
@@ -54,6 +65,11 @@ class Places(NamedTuple):
         """Return the shapes as they are now: `weight.data = ...` may have changed them."""
         own: Any = self.tensors
         return {name: tensor().shape for name, tensor in own.items()}
+
+    def owners(self) -> list[nn.Module]:
+        """Return the modules."""
+        own: Any = self.modules
+        return [module() for module in own]
 
 
 _known: "WeakKeyDictionary[nn.Module, Places]" = WeakKeyDictionary()
@@ -93,31 +109,53 @@ class Swapped(AbstractContextManager[None]):
 
 
 def swapped(found: Places, names: Mapping[str, str], weights: Mapping[str, Tensor]) -> Swapped:
-    """Return the swap of these weights, with buffers that a forward pass may write to cloned.
+    """Return the swap of these weights.
 
     Args:
         found: of the model.
         names: {the model's name: the name in `weights`}.
         weights: the tensors of a state.
     """
-    clones: dict[int, Tensor | None] = {}
-    for owner in found.buffered:
-        module: Any = owner()
-        if module.training:
-            clones |= {id(b): None for b in own_buffers(module).values() if b is not None}
+    owners = found.owners()
     tables, tensors = [], []
-    for slot in found.slots:
-        table = slot.table()
-        own = table[slot.key]
-        tensor = own if slot.name is None else weights[names[slot.name]]
-        if clones and id(own) in clones:
-            if (clone := clones[id(own)]) is None:
-                clone = clones[id(own)] = tensor.clone()
-            tensor = clone
-        if tensor is not own:
+    for slot, tensor in _filled(found, owners, names, weights):
+        table = slot.table(owners)
+        if tensor is not table[slot.key]:
             tables.append((table, slot.key))
             tensors.append(tensor)
     return Swapped(tables, tensors)
+
+
+def standing(
+    found: Places, names: Mapping[str, str], weights: Mapping[str, Tensor]
+) -> nn.Module | None:
+    """Return a copy of the model that has these weights; arguments as of `swapped`.
+
+    None if a copy cannot follow how the modules lead to each other.
+    """
+    if found.links is None:
+        return None
+    owners = found.owners()
+    copies = copied(owners, found.links)
+    for slot, tensor in _filled(found, owners, names, weights):
+        slot.table(copies)[slot.key] = tensor
+    return copies[0]
+
+
+def _filled(
+    found: Places, owners: list[nn.Module], names: Mapping[str, str], weights: Mapping[str, Tensor]
+) -> Iterator[tuple[Slot, Tensor]]:
+    """Yield the tensor of each slot; buffers are cloned, since a forward pass may write to them."""
+    clones: dict[int, Tensor] = {}
+    for slot in found.slots:
+        tensor = None if slot.name is None else weights[names[slot.name]]
+        if slot.is_buffer:
+            own: Any = slot.table(owners)[slot.key]
+            tensor = own if tensor is None else tensor
+            if id(own) not in clones:
+                clones[id(own)] = tensor.clone()
+            tensor = clones[id(own)]
+        yield slot, tensor  # type: ignore[misc]
 
 
 def _look(model: nn.Module) -> Places:
@@ -125,27 +163,29 @@ def _look(model: nn.Module) -> Places:
     first = {id(tensor): name for name, tensor in both.items()}
     named = dict(model.named_modules())
     slots = []
-    for module in named.values():
+    for index, module in enumerate(named.values()):
         persistent = {name for name, _ in own_persistent_buffers(module)}
         for key, tensor in own_parameters(module).items():
             if tensor is not None:
-                slots.append(Slot(ref(module), False, key, first[id(tensor)]))
+                slots.append(Slot(index, False, key, first[id(tensor)]))
         for key, tensor in own_buffers(module).items():
             if tensor is not None:
                 name = first[id(tensor)] if key in persistent else None
-                slots.append(Slot(ref(module), True, key, name))
-    tables = [table for module in named.values() for table in _tables(module)]
+                slots.append(Slot(index, True, key, name))
+    owners = list(named.values())
+    tables = [table for module in owners for table in _tables(module)]
     values = chain.from_iterable(table.values() for table in tables)
     return Places(
         tensors={name: ref(tensor) for name, tensor in both.items()},
         slots=slots,
-        buffered=[ref(module) for module in named.values() if own_buffers(module)],
         checkpointing=[
-            (name, ref(module))
-            for name, module in named.items()
+            (name, index)
+            for index, (name, module) in enumerate(named.items())
             if hasattr(module, "gradient_checkpointing")
         ],
-        modules=[ref(module) for module in named.values()],
+        modules=[ref(module) for module in owners],
+        links=links(owners),
+        size=size(owners),
         keys=list(chain.from_iterable(tables)),
         values=[None if value is None else ref(value) for value in values],
     )
@@ -168,7 +208,7 @@ def _alive(reference: "ref[Any]") -> Any:
 def _is_current(found: Places) -> bool:
     """Return whether every module has the tensors and children under the names that it had."""
     alive = [module() for module in found.modules]
-    if None in alive:
+    if None in alive or size(alive) != found.size:  # type: ignore[arg-type]
         return False
     tables = [table for module in alive for table in _tables(module)]  # type: ignore[arg-type]
     keys = list(chain.from_iterable(tables))

@@ -139,10 +139,7 @@ class TestModule:
         assert module.device == torch.device("cpu")
         full = RosaModule(model, rosa_func.init(model, targets=(), train="*"))  # without buffers
         assert full.device == torch.device("cpu")
-        checkpoint_segments(module.train())
-        with pytest.raises(ValueError, match="context_fn"):
-            module(ids)
-        checkpoint_segments(module, {"use_reentrant": False, "context_fn": rosa_func.recompute})
+        checkpoint_segments(module.train(), {"use_reentrant": False})
         module(ids).logits.sum().backward()
         checkpoint_segments(module, on=False)
         module = module.eval()

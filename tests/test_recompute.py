@@ -85,6 +85,52 @@ class TestCheckpointedGradients:
             else:
                 assert torch.equal(again[leaf], gradient)
 
+    @pytest.mark.parametrize("options", [{"use_reentrant": False}, {"use_reentrant": True}, None])
+    def test_call_needs_no_context(self, options: Any):
+        """The recomputation ran with the model's own weights: wrong gradients, or an error."""
+        model = seeded(lambda: tiny_gpt2(layers=3)).train()
+        targets = ["wte", "c_attn", "c_proj", "c_fc"]  # wte, so that all inputs need a gradient
+        state, ids = rosa_func.init(model, 2, targets=targets, train="ln_f"), token_ids(2, 8)
+        plain = gradients_of_leaves(model, state, ids)
+        checkpoint_segments(model, options)
+        again = gradients_of_leaves(model, state, ids)
+        assert all(torch.equal(again[name], plain[name]) for name in plain)
+        assert all(p.grad is None for p in model.parameters())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_a_model_that_checkpoints_by_itself_needs_no_context(
+        self, reentrant: bool, dtype: torch.dtype
+    ):
+        """6 of 6 gradients were wrong or None, and the model's own were written."""
+
+        class Checkpointed(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 4)
+                self.inner = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 6))
+                self.checkpoints = True
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = self.first(x)
+                if self.checkpoints:
+                    x = checkpoint(lambda x: self.inner(x).tanh(), x, use_reentrant=reentrant)
+                else:
+                    x = self.inner(x).tanh()
+                return self.last(x)
+
+        model = seeded(Checkpointed).to(dtype)
+        state = rosa_func.init(model, 2, train="inner.1.*")
+        named, x = rosa_func.named_parameters(state), randn(3, 6).to(dtype)
+        found = []
+        for model.checkpoints in (False, True):
+            for leaf in named.values():
+                leaf.grad = None
+            rosa_func.call(model, state, x).square().sum().backward()
+            found.append([leaf.grad for leaf in named.values()])
+        assert all(g is not None and torch.equal(f, g) for f, g in zip(*found, strict=True))
+        assert all(p.grad is None for p in model.parameters())
+
     def test_a_model_that_checkpoints_by_itself_takes_two_backward_passes(self):
         class Checkpointed(nn.Module):
             def __init__(self) -> None:
@@ -173,14 +219,17 @@ class TestCheckpointingRefusals:
         checkpoint_segments(model, options)
         named = hasattr(model, "activation_checkpointing_enable")
         switch = f"{'activation' if named else 'gradient'}_checkpointing_enable"
+        uncopied = seeded(lambda: tiny_gpt2()).train()
+        checkpoint_segments(uncopied, options)
+        uncopied.closure = lambda: uncopied.lm_head  # so that `call` swaps tensors too
         for attempt in (
-            lambda: rosa_func.call(model, state, ids),
             lambda: rosa_func.bind(model, state).__enter__(),
+            lambda: rosa_func.call(uncopied, state, ids),
         ):
             with pytest.raises(ValueError, match=rf"model\.{switch}\(.*: rosa_func\.recompute"):
                 attempt()
         if not options or options["use_reentrant"]:
             return  # without a gradient torch warns or fails by itself
         with torch.no_grad():
-            rosa_func.call(model, state, ids, use_cache=False)
-        rosa_func.call(model.eval(), state, ids)
+            rosa_func.call(uncopied, state, ids, use_cache=False)
+        rosa_func.call(uncopied.eval(), state, ids)
