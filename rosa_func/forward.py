@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rosa_func import modules
-from rosa_func._torch import own_buffers, own_parameters
+from rosa_func._torch import is_eager, own_buffers, own_parameters, version
 from rosa_func.places import Places, places, standing, swapped
 from rosa_func.recomputing import recomputed_in, refuse_wrong_checkpointing
 from rosa_func.weight import Parts, all_composed, read
@@ -64,7 +64,9 @@ def call(model: nn.Module, state: TensorDict, /, *args: Any, **kwargs: Any) -> A
 
     It is `functional_call(model, compose(state), args, kwargs)`, checked, and on a copy of the
     model's modules (see `adapted`): several threads may call one model, and what the forward pass
-    writes to buffers (the statistics of BatchNorm) or sets as attributes is dropped.
+    writes to buffers (the statistics of BatchNorm) or sets as attributes is dropped. To write to a
+    frozen parameter is an error afterwards, and to an adapted one at once; but torch does not count
+    `weight.data.clamp_()`, which reaches a frozen one, as it does in the model's own forward pass.
 
     With a transformers model under `vmap` or `torch.compile`, return `.logits` and pass
     `use_cache=False`. Dropout under `vmap` needs `vmap(..., randomness="different")` (or
@@ -82,6 +84,7 @@ def call(model: nn.Module, state: TensorDict, /, *args: Any, **kwargs: Any) -> A
 
     Raises:
         KeyError: if the state lacks a tensor of the model, or has one of another name.
+        RuntimeError: if the forward pass wrote to a frozen parameter (named).
         ValueError: if a shape differs (both are named); if the model cannot be copied and uses
             gradient checkpointing, in training, without `recompute`.
 
@@ -95,12 +98,13 @@ def call(model: nn.Module, state: TensorDict, /, *args: Any, **kwargs: Any) -> A
     if torch.compiler.is_compiling():  # which follows torch's own swap, and keeps no places
         refuse_wrong_checkpointing(model, model.named_modules())
         return functional_call(model, _in_each_place(model, state), args, kwargs, tie_weights=False)
-    found, names, weights = _fitted(model, state)
+    found, names, weights, views = _fitted(model, state)
     copy = standing(found, names, weights)
-    if copy is not None:
-        return copy(*args, **kwargs)
-    with _alone(model), _bound(model, found, names, weights):
-        return model(*args, **kwargs)
+    with _unwritten(views):
+        if copy is not None:
+            return copy(*args, **kwargs)
+        with _alone(model), _bound(model, found, names, weights):
+            return model(*args, **kwargs)
 
 
 def adapted(model: nn.Module, state: TensorDict) -> nn.Module:
@@ -132,7 +136,8 @@ def adapted(model: nn.Module, state: TensorDict) -> nn.Module:
         >>> torch.equal(y, rosa_func.call(model, state, x))
         True
     """
-    copy = standing(*_fitted(model, state))
+    found, names, weights, _ = _fitted(model, state)
+    copy = standing(found, names, weights)
     if copy is None:
         raise TypeError(
             f"the modules of {type(model).__name__} lead to each other in a way that a copy cannot "
@@ -170,7 +175,8 @@ def bind(model: nn.Module, state: TensorDict) -> Iterator[nn.Module]:
         >>> torch.equal(y, rosa_func.call(model, state, x))
         True
     """
-    with _bound(model, *_fitted(model, state)):
+    found, names, weights, _ = _fitted(model, state)
+    with _bound(model, found, names, weights):
         yield model
 
 
@@ -194,11 +200,28 @@ def _shapes(parts: Parts) -> dict[str, torch.Size]:
 
 def _fitted(
     model: nn.Module, state: TensorDict
-) -> tuple[Places, dict[str, str], dict[str, Tensor]]:
-    """Return the model's places, its names in the state, and the composed weights; checked."""
+) -> tuple[Places, dict[str, str], dict[str, Tensor], dict[str, Tensor]]:
+    """Return the model's places, its names in the state, the weights, and the frozen of these.
+
+    Frozen tensors are views, so that the model's code may give them other data.
+    """
     parts, found = read(state), places(model)
     names = modules.fit(type(model).__name__, found.shapes(), _shapes(parts))
-    return found, names, _composed(parts)
+    views = {name: t.view_as(t) for name, t in parts.frozen.items() if isinstance(t, Tensor)}
+    return found, names, _composed(parts) | views, views
+
+
+@contextmanager
+def _unwritten(tensors: dict[str, Tensor]) -> Iterator[None]:
+    """Raise if a forward pass wrote to one of these, as far as torch counts that."""
+    before = [version(tensor) for tensor in tensors.values()] if is_eager() else []
+    yield
+    for count, (name, tensor) in zip(before, tensors.items(), strict=False):
+        if version(tensor) != count:
+            raise RuntimeError(
+                f"the forward pass wrote to {name}, which the state and the model share: let it "
+                "write to a copy, or put the tensor into `train`"
+            )
 
 
 @contextmanager

@@ -225,3 +225,35 @@ class TestAdapted:
         assert torch.equal(*results)
         for tensor in (model.seen, model.cache, state["frozen", "seen"]):
             assert not tensor.any()
+
+    def test_other_data_for_a_frozen_weight_stays_with_the_call(self):
+        """`self.weight.data = ...` in a forward pass changed the state."""
+        model, state, x = self.writing(
+            lambda weight: setattr(weight, "data", weight.data.clamp(0, 0.5))
+        )
+        result = rosa_func.call(model, state, x)
+        assert relative_distance(result, 0.5 * model.linear(x)) <= 1e-6
+        assert (model.scale == 1).all()
+        assert (state["frozen", "scale"] == 1).all()
+
+    def test_a_write_to_a_frozen_weight_is_an_error(self):
+        """`weight.clamp_()` in a forward pass changed the state and the model, without a word."""
+        model, state, x = self.writing(lambda weight: weight.clamp_(0, 0.5))
+        with pytest.raises(RuntimeError, match="wrote to scale"):
+            rosa_func.call(model, state, x)
+
+    def writing(self, write: Callable[[Tensor], Any]) -> tuple[nn.Module, Any, Tensor]:
+        """Return a model that writes to its weight `scale`, its state, and an input."""
+
+        class Writing(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear, self.scale = nn.Linear(6, 6), nn.Parameter(torch.ones(6))
+
+            def forward(self, x: Tensor) -> Tensor:
+                with torch.no_grad():
+                    write(self.scale)
+                return self.linear(x) * self.scale
+
+        model = seeded(Writing)
+        return model, rosa_func.init(model, 2), randn(3, 6)
