@@ -1,39 +1,74 @@
-"""The README's Python blocks run as written, one after the other, on a tiny GPT-2."""
+"""The Python blocks of the README and of the guide run as written, on a tiny GPT-2."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2LMHeadModel
 
-from models import seeded, tiny_gpt2, token_ids
+from models import seeded, tiny_gpt2
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+GUIDE = ROOT / "examples" / "guide"
+RUNS_ON = ["training", "saving", "trainer", "transforms"]  # from where the README ends
+
+
+def blocks(page: Path) -> list[str]:
+    """Return the Python blocks of a page."""
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Run the README, and return the names that it defines."""
+    found: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
+        patch.chdir(tmp_path_factory.mktemp("readme"))
+        for block in blocks(ROOT / "README.md"):
+            exec(compile(block, "README.md", "exec"), found)
+    return found
+
+
+def test_the_loop_of_the_readme_learns_what_its_comments_say(names: dict[str, Any]):
+    assert len(blocks(ROOT / "README.md")) == 2
+    with torch.no_grad():
+        before = names["loss"](names["rosa_func"].init(names["model"], 8), names["batches"][0])
+        assert f"{before:.2f}" == "4.16"
+        assert names["loss"](names["state"], names["batches"][0]) < 3.0
+    prompt = names["prompt"]
+    written = names["tuned"].generate(
+        prompt, attention_mask=prompt > 0, max_new_tokens=3, do_sample=False
+    )
+    assert written.tolist() == [[7, 8, 9, 10, 11, 12]]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # from transformers, about tied weights
-def test_the_python_blocks_of_the_readme_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # gradient_checkpointing_enable has a new name
+@pytest.mark.parametrize("page", RUNS_ON)
+def test_the_python_blocks_of_the_guide_run(
+    page: str, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     monkeypatch.chdir(tmp_path)
-    seeded(lambda: tiny_gpt2(6, n_positions=32)).save_pretrained(tmp_path / "folder")
-    monkeypatch.setattr(
-        GPT2LMHeadModel,
-        "from_pretrained",
-        lambda name: seeded(lambda: tiny_gpt2(6, n_positions=32)),
-    )
-    ids = token_ids(2, 6)
-    names: dict[str, object] = {
-        "model": seeded(lambda: tiny_gpt2(6, n_positions=32)),
-        "ids": ids,
-        "batches": [ids] * 101,
-    }
-    names |= {
-        "pretrained": seeded(lambda: tiny_gpt2(6, n_positions=32)),
-        "folder": tmp_path / "folder",
-    }
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) >= 5
-    for block in blocks:
-        exec(compile(block, str(README), "exec"), names)
-    assert isinstance(names["value"], torch.Tensor)
-    assert names["out"].logits.isfinite().all()
+    seeded(lambda: tiny_gpt2(8, n_positions=32)).save_pretrained(tmp_path / "folder")
+    own = names | {"pretrained": names["model"], "folder": tmp_path / "folder"}
+    found = blocks(GUIDE / f"{page}.md")
+    assert found
+    for block in found:
+        exec(compile(block, f"{page}.md", "exec"), own)
+
+
+def test_all_pages_of_the_guide_with_code_are_run():
+    assert {page.stem for page in GUIDE.glob("*.md") if blocks(page)} == set(RUNS_ON)
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted(GUIDE.glob("*.md"))], ids=lambda page: page.name
+)
+def test_links_lead_somewhere(page: Path):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_readme_can_be_read_in_a_few_minutes():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
