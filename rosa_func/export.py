@@ -60,18 +60,21 @@ def to_peft(
 
         W0 + (alpha / rank) lora_B lora_A = W - E,    alpha = rank
 
-    The rank of each weight is the smallest within `tol`, see `delta`: at most 2 r K after K
-    cycles. The weights of an nn.Linear, Conv1D and nn.Embedding go out under `target_modules`;
-    other matrices and the experts of a layer under `target_parameters`, all with one rank, and
-    peft forms the whole weight to compute with them. Parameters trained in full go out as
-    `modules_to_save`, and a tied weight under each of its modules.
+    The rank that a weight needs is the smallest within `tol`, see `delta`: at most 2 r K after K
+    cycles. All go out with the largest of these ranks, padded with zeros: some readers, such as
+    llama.cpp's converter, know one alpha for all, and divide it by the rank of each.
+
+    The weights of an nn.Linear, Conv1D and nn.Embedding go out under `target_modules`; other
+    matrices and the experts of a layer under `target_parameters`, and peft forms the whole weight
+    to compute with them. Parameters trained in full go out as `modules_to_save`, and a tied weight
+    under each of its modules.
 
     Args:
         path: a folder, made if need be: `adapter_config.json`, `adapter_model.safetensors`, and a
             short `README.md` for the Hub if there is none.
         model: the model as `init` was given it.
         state: a state of `init` or `resample`, trained or not.
-        rank: the largest rank of a module, in place of tol.
+        rank: the largest rank of a weight, in place of tol.
         tol: the largest error of a weight, relative to the weight.
 
     Returns:
