@@ -29,6 +29,7 @@ def init_from(
     sampler: Sampler = samplers.random,
     targets: Targets = None,
     train: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
     exact: bool | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[nn.Module, TensorDict]:
@@ -46,11 +47,12 @@ def init_from(
         path: a folder with `config.json`, which names the architecture, and `model.safetensors` or
             the shards of `model.safetensors.index.json`; or the name of a repository of the Hub
             that has them: what is in the Hub's cache is taken from there, and not updated.
-        r: as in `init`, as are `key`, `sampler`, `targets`, `train` and `exact`.
+        r: as in `init`, as are `key`, `sampler`, `targets`, `train`, `exclude` and `exact`.
         key: see `init`.
         sampler: see `init`.
         targets: see `init`.
         train: see `init`.
+        exclude: see `init`.
         exact: see `init`.
         dtype: of the floating-point weights; None for that of the files.
 
@@ -105,7 +107,7 @@ def init_from(
                 )
             return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
-        plan = targeting.plan(model, r, targets, train)
+        plan = targeting.plan(model, r, targets, train, exclude)
         return model, split_all(plan, read, key=key, sampler=sampler, exact=exact)
 
 
