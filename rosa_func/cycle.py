@@ -26,6 +26,7 @@ def init(
     sampler: Sampler = samplers.random,
     targets: Targets = None,
     train: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
     exact: bool | None = None,
 ) -> TensorDict:
     """Split each target weight into a frozen residual and a trainable product of rank r.
@@ -52,12 +53,16 @@ def init(
         sampler: how A and B are drawn from W, see `rosa_func.samplers`. The default is the
             paper's: on text, no other one was better at more than one rank
             (examples/experiments/RESULTS.md, `samplers` and `e2e-samplers`).
-        targets: None for every `nn.Linear` and `Conv1D` weight and all experts of the backbone; a
-            string or strings, where "c_attn" or "attn.c_attn" means the weight of each module
-            whose name ends so, and anything with `*` is an fnmatch pattern on names of modules or
-            parameters; or a predicate `(name, owning module) -> bool`. An empty list, with
-            `train`, adapts nothing: `init(model, targets=(), train="*")` is full fine-tuning.
-        train: names or patterns of parameters trained in full; "head" for a task head.
+        targets: None or "all-linear" for every `nn.Linear` and `Conv1D` weight and all experts of
+            the backbone, without what is in `train`; a name or pattern, or several; or a predicate
+            `(name, owning module) -> bool`. A name is that of parameters, or of modules with all
+            matrices in them, wherever they are: "c_attn", "h.0.attn", "experts.down_proj". A
+            pattern has the `*`, `?` or `[...]` of fnmatch in it. The full name of a parameter
+            means that one alone. An empty list, with `train`, adapts nothing:
+            `init(model, targets=(), train="*")` is full fine-tuning.
+        train: names or patterns, as in `targets`, of parameters trained in full; "head" for a task
+            head.
+        exclude: names or patterns of what is not adapted, though `targets` means it.
         exact: keep what rounding took from R, so that a merge returns W bit for bit (True), or
             not (False). None keeps it for 16-bit weights only, in their own dtype, which is
             enough to keep repeated merges from drifting.
@@ -93,7 +98,7 @@ def init(
     tensors = modules.tensors(model)
     modules.refuse_meta(model)
     check_options(key, sampler, exact)
-    plan = targeting.plan(model, r, targets, train)
+    plan = targeting.plan(model, r, targets, train, exclude)
     return split_all(plan, tensors.__getitem__, key=key, sampler=sampler, exact=exact)
 
 
@@ -177,8 +182,8 @@ def resample(
     check_options(key, sampler)
     parts = read(state)
     adapted = parts.adapted()
-    if r is not None:
-        patterns.check_rank_patterns(r, [*adapted, *map(keys.canonical, adapted)])
+    named = {name: [name, keys.canonical(name)] for name in adapted}
+    ranks = {} if r is None else patterns.ranks(r, named)
 
     def redrawn(name: str) -> Weight:
         w = adapted[name]
@@ -187,10 +192,10 @@ def resample(
                 f"{name} is a stack of {len(w.input_dim)} states' weights: resample each state, "
                 "and stack the new ones"
             )
-        factors, names = low_rank(w), [name, keys.canonical(name)]
+        factors = low_rank(w)
         how = Draw(
             name,
-            factors.r if r is None else patterns.rank(r, names, factors.matrix_shape),
+            patterns.rank(ranks[name], name, factors.matrix_shape) if ranks else factors.r,
             sampler,
             int(w.input_dim),
             partial(keys.generator, key, "resample", name),
@@ -254,6 +259,7 @@ def method(
     sampler: Sampler = samplers.random,
     targets: Targets = None,
     train: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
     exact: bool | None = None,
 ) -> Method:
     """Bind the options of `init` and `resample` once, as optax binds init and update.
@@ -266,6 +272,7 @@ def method(
         sampler: for the first draw and for those after it.
         targets: as in `init`.
         train: as in `init`.
+        exclude: as in `init`.
         exact: as in `init`.
 
     Returns:
@@ -278,6 +285,14 @@ def method(
         >>> state = pissa.resample(state, 1)
     """
     return Method(
-        init=partial(init, r=r, sampler=sampler, targets=targets, train=train, exact=exact),
+        init=partial(
+            init,
+            r=r,
+            sampler=sampler,
+            targets=targets,
+            train=train,
+            exclude=exclude,
+            exact=exact,
+        ),
         resample=partial(resample, r=r, sampler=sampler),
     )

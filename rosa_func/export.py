@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rosa_func import modules, samplers
 from rosa_func.checkpoint import delta
 from rosa_func.cycle import init, merge
-from rosa_func.files.peft_adapter import write_adapter
+from rosa_func.files.peft_adapter import find_adapter, write_adapter
 from rosa_func.files.peft_reading import read_change
 from rosa_func.files.peft_writing import adapter
 from rosa_func.forward import check_fit
@@ -60,18 +60,21 @@ def to_peft(
 
         W0 + (alpha / rank) lora_B lora_A = W - E,    alpha = rank
 
-    The rank of each weight is the smallest within `tol`, see `delta`: at most 2 r K after K
-    cycles. The weights of an nn.Linear, Conv1D and nn.Embedding go out under `target_modules`;
-    other matrices and the experts of a layer under `target_parameters`, all with one rank, and
-    peft forms the whole weight to compute with them. Parameters trained in full go out as
-    `modules_to_save`, and a tied weight under each of its modules.
+    The rank that a weight needs is the smallest within `tol`, see `delta`: at most 2 r K after K
+    cycles. All go out with the largest of these ranks, padded with zeros: some readers, such as
+    llama.cpp's converter, know one alpha for all, and divide it by the rank of each.
+
+    The weights of an nn.Linear, Conv1D and nn.Embedding go out under `target_modules`; other
+    matrices and the experts of a layer under `target_parameters`, and peft forms the whole weight
+    to compute with them. Parameters trained in full go out as `modules_to_save`, and a tied weight
+    under each of its modules.
 
     Args:
         path: a folder, made if need be: `adapter_config.json`, `adapter_model.safetensors`, and a
             short `README.md` for the Hub if there is none.
         model: the model as `init` was given it.
         state: a state of `init` or `resample`, trained or not.
-        rank: the largest rank of a module, in place of tol.
+        rank: the largest rank of a weight, in place of tol.
         tol: the largest error of a weight, relative to the weight.
 
     Returns:
@@ -113,13 +116,15 @@ def from_peft(model: nn.Module, path: str | os.PathLike[str]) -> TensorDict:
 
     Args:
         model: the base model of the adapter; the state shares its weights, as with `samplers.lora`.
-        path: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+        path: a folder with `adapter_config.json` and `adapter_model.safetensors`, or, where
+            huggingface_hub is installed, the name of a repository of the Hub that has them.
 
     Returns:
         A state. What else the file holds, as of `modules_to_save`, is trained in full.
 
     Raises:
-        FileNotFoundError: if the folder lacks one of the files.
+        FileNotFoundError: if the folder lacks one of the files, or neither it nor such a repository
+            is found.
         ValueError: for an adapter that is not plain LoRA (what else it is, is named), is of other
             shapes than the model, or changes only one of two tied weights, or both differently.
         KeyError: if it changes a weight that the model does not have, or a factor is missing.
@@ -134,7 +139,7 @@ def from_peft(model: nn.Module, path: str | os.PathLike[str]) -> TensorDict:
         >>> state["trainable", "0.weight", "A"].shape
         torch.Size([40, 3])
     """
-    factors, whole = read_change(model, Path(path))
+    factors, whole = read_change(model, find_adapter(path))
     buffers = {name for name, _ in modules.persistent_buffers(model)}
     start = read(
         init(

@@ -1,24 +1,46 @@
-"""Patterns of names, and ranks by pattern."""
+"""Patterns of names, and ranks by pattern.
+
+A pattern is a name or a part of a path, with wildcards or without, and means parameters, or
+modules, which stand for all that is in them.
+"""
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from rosa_func.modules import Parameter
-
 Rank = int | float | Mapping[str, int | float]
+Named = Mapping[str, Collection[str]]  # {a parameter's name: all its names}
+_REGULAR_EXPRESSION = re.compile(r"[\\^$|(){}+]|^\.\*")
 
 
-def rank(r: Rank, names: list[str], shape: tuple[int, int]) -> int:
-    """Resolve r for a weight of these names, whose matrix is of that shape."""
-    if isinstance(r, Mapping):
-        for pattern, value in r.items():
-            if any(names_weight(pattern, name) for name in names):
-                return rank(value, names, shape)
+def ranks(r: Rank, named: Named) -> dict[str, int | float]:
+    """Return what r says of each of these weights: the first pattern that means it counts.
+
+    Raises:
+        ValueError: if a pattern means none of them, or one of them has no pattern.
+        TypeError: if a pattern is not a string.
+    """
+    if not isinstance(r, Mapping):
+        return dict.fromkeys(named, r)
+    found: dict[str, int | float] = {}
+    for pattern, value in r.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"a mapping of ranks has patterns as its keys, got {pattern!r}")
+        meant = select(named, pattern)
+        if not meant:
+            raise ValueError(f"{pattern!r} in r {matches_nothing(pattern, named)}")
+        found = {**dict.fromkeys(meant, value), **found}
+    if missing := [name for name in named if name not in found]:
         raise ValueError(
-            f"no pattern of r={dict(r)!r} matches {names[0]}; add a last pattern '*' for the rest"
+            f"no pattern of r={dict(r)!r} matches {missing[0]}; add a last pattern '*' for the rest"
         )
+    return found
+
+
+def rank(r: int | float, name: str, shape: tuple[int, int]) -> int:
+    """Resolve r for a weight of that name, whose matrix is of that shape."""
     limit = min(shape)
     if isinstance(r, bool) or not isinstance(r, int | float):
         raise TypeError(
@@ -34,20 +56,11 @@ def rank(r: Rank, names: list[str], shape: tuple[int, int]) -> int:
         raise ValueError(f"a rank is at least 1, got {r}")
     if r > limit:
         raise ValueError(
-            f"rank {r} is larger than min{shape} = {limit} of {names[0]}; "
-            "pass a smaller rank, a fraction, or a mapping from patterns to ranks"
+            f"rank {r} is larger than min{shape} = {limit} of {name}: give it a smaller rank, as "
+            f"in r={{{name!r}: {limit}, '*': {r}}}, or all weights a fraction, or leave it out, in "
+            f"init by exclude={name!r}"
         )
     return r
-
-
-def check_rank_patterns(r: Rank | None, names: Iterable[str]) -> None:
-    """Refuse a mapping of ranks in which a pattern matches none of the adapted weights."""
-    names = list(names)
-    for pattern in r if isinstance(r, Mapping) else ():
-        if not isinstance(pattern, str):
-            raise TypeError(f"a mapping of ranks has patterns as its keys, got {pattern!r}")
-        if not any(names_weight(pattern, name) for name in names):
-            raise ValueError(f"{pattern!r} in r {matches_nothing(pattern, names, names_weight)}")
 
 
 def listed(given: Any, argument: str) -> list[str]:
@@ -64,40 +77,39 @@ def listed(given: Any, argument: str) -> list[str]:
     return patterns
 
 
-def select(
-    parameters: dict[str, Parameter], pattern: str, matches: Callable[[str, str], bool]
-) -> list[str]:
-    """Return the parameters that have a name that the pattern matches."""
-    return [
-        name for name, p in parameters.items() if any(matches(pattern, alias) for alias in p.names)
+def select(named: Named, pattern: str) -> list[str]:
+    """Return the parameters that the pattern means: one alone if it is its full name."""
+    exact = [name for name, aliases in named.items() if pattern in aliases]
+    return exact or [
+        name for name, aliases in named.items() if any(means(pattern, alias) for alias in aliases)
     ]
 
 
-def names_weight(pattern: str, name: str) -> bool:
-    """Match "c_attn" or "attn.c_attn" to the weight of each module whose name ends so.
+def means(pattern: str, name: str) -> bool:
+    """Return whether a pattern fits the parameter of that name, or a module that it is in.
 
-    With * or a dot also by fnmatch, to the name of the parameter or of its module.
+    It fits whole parts of a path: the beginning may be left out, so "attn" and "h.0.attn" fit
+    modules, and "attn.c_attn.weight" a parameter. `*`, `?` and `[...]` are those of fnmatch.
     """
-    if name == pattern or f".{name}".endswith(f".{pattern}.weight"):
-        return True
-    module = name.removesuffix(".weight")
-    return ("*" in pattern or "." in pattern) and any(
-        fnmatchcase(which, pattern) for which in {name, module}
-    )
+    return fnmatchcase(f".{name}.", f"*.{pattern}.*")
 
 
-def names_part(pattern: str, name: str) -> bool:
-    """Match a plain name to any part of the path, so to all of a module's parameters."""
-    if "*" in pattern or "." in pattern:
-        return fnmatchcase(name, pattern)
-    return pattern in name.split(".")
-
-
-def matches_nothing(pattern: str, names: Iterable[str], matches: Callable[[str, str], bool]) -> str:
-    """Say so, with the closest of what would have matched."""
-    names = list(names)
+def matches_nothing(pattern: str, named: Named) -> str:
+    """Say so, and what to write, or the closest of what would have matched."""
+    if "," in pattern:
+        pieces = [piece.strip() for piece in pattern.split(",")]
+        return f"is one string, and matches no parameter: pass a list of names, {pieces}"
+    if _REGULAR_EXPRESSION.search(pattern):
+        return (
+            "matches no parameter: it looks like a regular expression, and is not read as one; "
+            "pass names, or patterns in which * stands for anything (targets also takes a "
+            "predicate (name, module) -> bool)"
+        )
+    names = list(dict.fromkeys(alias for aliases in named.values() for alias in aliases))
+    unnumbered = {re.split(r"(?:^|\.)\d+\.", name)[-1] for name in names}
+    paths = (path.split(".") for path in unnumbered)
+    ends = {".".join(parts[i:]) for parts in paths for i in range(len(parts))}
     parts = {part for name in names for part in name.split(".") if not part.isdigit()}
-    plain = [part for part in sorted(parts) if any(matches(part, name) for name in names)]
-    candidates = names if "*" in pattern or "." in pattern else [*plain, *names]
-    near = difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.0)
+    shorter = ends if "*" in pattern or "." in pattern else parts
+    near = difflib.get_close_matches(pattern, [*sorted(shorter), *names], n=3, cutoff=0.0)
     return f"matches no parameter; the closest names are {', '.join(near)}"

@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from rosa_func import modules, samplers, targeting
 from rosa_func.cycle import check_options, split_all
-from rosa_func.files import converted
+from rosa_func.files import converted, hub
 from rosa_func.modules import skeleton, some
 from rosa_func.patterns import Rank
 from rosa_func.samplers import Sampler
@@ -29,6 +29,7 @@ def init_from(
     sampler: Sampler = samplers.random,
     targets: Targets = None,
     train: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
     exact: bool | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[nn.Module, TensorDict]:
@@ -44,12 +45,14 @@ def init_from(
 
     Args:
         path: a folder with `config.json`, which names the architecture, and `model.safetensors` or
-            the shards of `model.safetensors.index.json`.
-        r: as in `init`, as are `key`, `sampler`, `targets`, `train` and `exact`.
+            the shards of `model.safetensors.index.json`; or the name of a repository of the Hub
+            that has them: what is in the Hub's cache is taken from there, and not updated.
+        r: as in `init`, as are `key`, `sampler`, `targets`, `train`, `exclude` and `exact`.
         key: see `init`.
         sampler: see `init`.
         targets: see `init`.
         train: see `init`.
+        exclude: see `init`.
         exact: see `init`.
         dtype: of the floating-point weights; None for that of the files.
 
@@ -57,10 +60,11 @@ def init_from(
         The weightless model, in eval mode, to be passed to `call`, and the state.
 
     Raises:
-        FileNotFoundError: if the folder lacks one of the files.
-        KeyError: if the files lack a tensor of the model (named).
+        FileNotFoundError: if the folder lacks one of the files, or neither it nor such a repository
+            is found.
+        KeyError: if the files lack a tensor of the model (named), such as those of a new head.
         ValueError: if a shape differs from that of the config, if the tensors of experts do not go
-            together, or as `init`.
+            together, if the files hold two values of one tied weight, or as `init`.
         TypeError: as `init`.
 
     Example:
@@ -73,11 +77,11 @@ def init_from(
         >>> rosa_func.call(model, state, torch.tensor([[1, 2]])).logits.shape
         torch.Size([1, 2, 9])
     """
-    folder = Path(path)
     check_options(key, sampler, exact)
     if dtype is not None and dtype not in _DTYPES.values():
         known = ", ".join(str(known) for known in _DTYPES.values())
         raise TypeError(f"dtype is None or one of {known}, got {dtype!r}")
+    folder = hub.folder(path, _PATTERNS, _files_in)
     with ExitStack() as stack:
         files = _Files(folder, stack)
         model = _weightless(folder, dtype or files.dtype())
@@ -85,9 +89,17 @@ def init_from(
         stored = files.locate(model)
 
         def read(name: str) -> Tensor:
-            tensor = files.read(name, stored[name], model)
+            first, *others = stored[name]
+            tensor = files.read(name, first, model)
+            for other in others:
+                if not torch.equal(tensor, files.read(name, other, model).to(tensor)):
+                    raise ValueError(
+                        f"{first.alias} and {other.alias} are one tied weight of "
+                        f"{type(model).__name__}, and {folder} holds two different ones: untie "
+                        'them in its config.json, by "tie_word_embeddings": false'
+                    )
             if tensor.shape != expected[name].shape:
-                keys, converter = stored[name].source.keys, stored[name].source.converter
+                keys, converter = first.source.keys, first.source.converter
                 what = keys[0] if converter is None else f"{name}, made of {some(keys)},"
                 raise ValueError(
                     f"{what} has shape {tuple(tensor.shape)} in {folder}, and by the config of "
@@ -95,7 +107,7 @@ def init_from(
                 )
             return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
-        plan = targeting.plan(model, r, targets, train)
+        plan = targeting.plan(model, r, targets, train, exclude)
         return model, split_all(plan, read, key=key, sampler=sampler, exact=exact)
 
 
@@ -105,17 +117,10 @@ class _Files:
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         from safetensors import safe_open
 
-        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if index.is_file():
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        elif single.is_file():
-            names = {single.name}
-        else:
-            raise FileNotFoundError(f"there is neither {single} nor {index.name}")
         self._folder, self._file_of = folder, {}
-        for name in sorted(names):
+        for path in _files_in(folder):
             # Mapped memory would stay resident, and be counted, as long as the file is open.
-            file = stack.enter_context(safe_open(folder / name, "pt", backend="pread"))
+            file = stack.enter_context(safe_open(path, "pt", backend="pread"))
             self._file_of.update(dict.fromkeys(file.keys(), file))
 
     def read(self, name: str, place: "_Place", model: nn.Module) -> Tensor:
@@ -139,24 +144,31 @@ class _Files:
         kinds = (file.get_slice(name).get_dtype() for name, file in self._file_of.items())
         return next((_DTYPES[kind] for kind in kinds if kind in _DTYPES), torch.float32)
 
-    def locate(self, model: nn.Module) -> "dict[str, _Place]":
+    def locate(self, model: nn.Module) -> "dict[str, list[_Place]]":
         """Return what each tensor of the model is stored as.
 
-        A tied one may be stored under any of its names, and all with or without the name of the
-        backbone, as transformers reads them too.
+        A tied one may be stored under any of its names, or several, and all with or without the
+        name of the backbone, as transformers reads them too.
         """
         sources = converted.sources(model, self._file_of)
         if sources is None:
             sources = self._under_own_names(model)
-        places = {}
-        for name, aliases in modules.aliases(model).items():
-            found = [alias for alias in aliases if alias in sources]
-            if not found:
+        places = {
+            name: [_Place(alias, sources[alias]) for alias in aliases if alias in sources]
+            for name, aliases in modules.aliases(model).items()
+        }
+        if missing := [name for name, found in places.items() if not found]:
+            backbone = f"{getattr(model, 'base_model_prefix', '')}."
+            lack = f"the files in {self._folder} lack {some(missing)} of {type(model).__name__}"
+            if any(name.startswith(backbone) for name in missing) or backbone == ".":
                 raise KeyError(
-                    f"the files in {self._folder} lack {name} of {type(model).__name__}: load "
-                    "the model with from_pretrained, which knows old and new names, and use init"
+                    f"{lack}: load the model with from_pretrained, which knows old and new names, "
+                    "and draws what is new at random, and use init"
                 )
-            places[name] = _Place(found[0], sources[found[0]])
+            raise KeyError(
+                f"{lack}, and have its backbone: a new head has no weights yet. Load the model "
+                'with from_pretrained, which draws them, and use init with train="head"'
+            )
         return places
 
     def _under_own_names(self, model: nn.Module) -> dict[str, converted.Source]:
@@ -176,6 +188,28 @@ class _Place(NamedTuple):
     source: converted.Source
 
 
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PATTERNS = ["config.json", _SINGLE, _INDEX, "model-*.safetensors"]
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Return the files with the weights, after making sure that all are there."""
+    files = [folder / _SINGLE]
+    if (folder / _INDEX).is_file():
+        shards = json.loads((folder / _INDEX).read_text())["weight_map"].values()
+        files = [folder / name for name in sorted(set(shards))]
+    elif not files[0].is_file():
+        raise FileNotFoundError(
+            f"there is neither {files[0]} nor {_INDEX}; a pytorch_model.bin is not read, since a "
+            "pickle can run any code: load it with from_pretrained if you trust it, and "
+            "save_pretrained writes safetensors"
+        )
+    for file in [folder / "config.json", *files]:
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no {file}")
+    return files
+
+
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -188,8 +222,6 @@ def _weightless(folder: Path, dtype: torch.dtype) -> nn.Module:
     """Build the model of the folder's config with its parameters on the meta device from birth."""
     import transformers
 
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"there is no {folder / 'config.json'}")
     config = transformers.AutoConfig.from_pretrained(folder)
     model_class: Any = getattr(transformers, (config.architectures or ["(none)"])[0], None)
     if model_class is None:

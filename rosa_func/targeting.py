@@ -1,33 +1,24 @@
 """Which weights are adapted, which are trained in full, and at what rank."""
 
 import math
-import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from rosa_func._torch import Convolution
+from rosa_func.defaults import backbone_and_head, linear_and_experts
 from rosa_func.keys import canonical
 from rosa_func.modules import Parameter, is_conv1d, parameters, some, tensors, unwrapped
-from rosa_func.patterns import (
-    Rank,
-    check_rank_patterns,
-    listed,
-    matches_nothing,
-    names_part,
-    names_weight,
-    rank,
-    select,
-)
+from rosa_func.patterns import Named, Rank, listed, matches_nothing, rank, ranks, select
 from rosa_func.weight import rounding
 
 Predicate = Callable[[str, nn.Module], bool]
-_ROUTER = re.compile("Router|TopKGating")
 
 Targets = str | Iterable[str] | Predicate | None
+_ALL_LINEAR = "all-linear"  # peft's word for the default
 
 
 class Target(NamedTuple):
@@ -56,21 +47,27 @@ class Plan(NamedTuple):
     full: list[str]
 
 
-def plan(model: nn.Module, r: Rank | None, targets: Targets, train: str | Iterable[str]) -> Plan:
-    """Resolve `r`, `targets` and `train` against the model, or say what is wrong with them."""
+def plan(
+    model: nn.Module,
+    r: Rank | None,
+    targets: Targets,
+    train: str | Iterable[str],
+    exclude: str | Iterable[str],
+) -> Plan:
+    """Resolve `r`, `targets`, `train` and `exclude` against the model, or say what is wrong."""
     named = {name: _with_plain_names(p) for name, p in parameters(model).items()}
     _refuse_max_norm(model)
     _refuse_peft(model)
-    backbone, head = _backbone_and_head(model, named)
-    full = _full(named, train, head)
-    if targets is None:
-        adapted = _default(model, named, backbone, full)
-    else:
-        adapted = _adapted(named, targets)
+    backbone, head = backbone_and_head(model, named)
+    full = _full(named, listed(train, "train"), head)
+    rest = [name for name in backbone if name not in set(full)]
+    default, others = linear_and_experts(model, named, rest)
+    wanted = _wanted(targets)
+    chosen = _targeted(named, wanted, default)
+    excluded = _chosen(_names(named), listed(exclude, "exclude"), "exclude")
+    adapted = [name for name in chosen if name not in excluded]
     if not adapted and not full:
-        raise ValueError(
-            "targets is empty: name at least one weight, or pass None; or train=... alone"
-        )
+        raise ValueError(_why_nothing(model, wanted, chosen))
     if both := [name for name in adapted if name in set(full)]:
         raise ValueError(
             f"{some(both)} would be both adapted and trained in full; "
@@ -79,25 +76,54 @@ def plan(model: nn.Module, r: Rank | None, targets: Targets, train: str | Iterab
     for name in [*adapted, *full]:
         refuse_dtype(name, named[name].value)
     _warn_of_frozen_head(model, head, {*adapted, *full})
-    check_rank_patterns(r, [alias for name in adapted for alias in named[name].names])
+    if not callable(wanted) and _ALL_LINEAR in wanted:
+        _warn_of_others([name for name in others if name not in {*adapted, *excluded}])
     return Plan(
         names=list(tensors(model)),
-        adapted={name: _target(r, name, named[name]) for name in adapted},
+        adapted=_ranked(r, {name: named[name] for name in adapted}),
         full=full,
     )
 
 
-def _target(r: Rank | None, name: str, parameter: Parameter) -> Target:
+def _wanted(targets: Targets) -> Predicate | list[str]:
+    if callable(targets) and not isinstance(targets, type):
+        return targets
+    return [_ALL_LINEAR] if targets is None else listed(targets, "targets")
+
+
+def _names(named: dict[str, Parameter]) -> Named:
+    return {name: parameter.names for name, parameter in named.items()}
+
+
+def _why_nothing(model: nn.Module, wanted: Predicate | list[str], chosen: list[str]) -> str:
+    if chosen:
+        return f"exclude leaves nothing to adapt: it takes out {some(chosen)}, all of the targets"
+    if wanted == [_ALL_LINEAR]:
+        return (
+            f"{type(model).__name__} has no nn.Linear or Conv1D weight to adapt; "
+            "name the weights with targets=..."
+        )
+    return "targets is empty: name at least one weight, or pass None; or train=... alone"
+
+
+def _ranked(r: Rank | None, adapted: dict[str, Parameter]) -> dict[str, Target]:
+    if r is None:
+        for name in adapted:
+            raise TypeError(f"r is None: pass the rank of {name} and the other adapted weights")
+        return {}
+    each = ranks(r, _names(adapted))
+    return {name: _target(each[name], name, parameter) for name, parameter in adapted.items()}
+
+
+def _target(r: int | float, name: str, parameter: Parameter) -> Target:
     shape, owner = parameter.value.shape, parameter.owners[0]
     if shape.numel() == 0:
         raise ValueError(f"{name} is empty, of shape {tuple(shape)}: nothing to factor")
-    if r is None:
-        raise TypeError(f"r is None: pass the rank of {name} and the other adapted weights")
     if len(shape) == 2 or isinstance(owner, Convolution):
         matrix = (shape[0], math.prod(shape[1:]))
-        return Target(rank(r, parameter.names, matrix), 0 if is_conv1d(owner) else 1)
+        return Target(rank(r, name, matrix), 0 if is_conv1d(owner) else 1)
     transposed = getattr(owner, "is_transposed", False) is True
-    return Target(rank(r, parameter.names, (shape[-2], shape[-1])), -2 if transposed else -1)
+    return Target(rank(r, name, (shape[-2], shape[-1])), -2 if transposed else -1)
 
 
 def _refuse_max_norm(model: nn.Module) -> None:
@@ -119,22 +145,6 @@ def refuse_dtype(name: str, weight: Tensor) -> None:
         raise TypeError(f"{name} is of dtype {weight.dtype}; it must be one of {known}")
 
 
-def _backbone_and_head(
-    model: nn.Module, parameters: dict[str, Parameter]
-) -> tuple[list[str], list[str]]:
-    """Split the names: a transformers model has a `base_model`; what is outside is its head."""
-    model = unwrapped(model)
-    output: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    excluded = {id(p) for p in output.parameters()} if output is not None else set()
-    names = [name for name, p in parameters.items() if id(p.value) not in excluded]
-    base = getattr(model, "base_model", None)
-    if not isinstance(base, nn.Module) or base is model:
-        return names, []
-    inside = {id(p) for p in base.parameters()}
-    backbone = [name for name in names if id(parameters[name].value) in inside]
-    return backbone, [name for name in names if id(parameters[name].value) not in inside]
-
-
 def _warn_of_frozen_head(model: nn.Module, head: list[str], used: set[str]) -> None:
     # A language-model head comes with the pretrained weights; a task head starts at random.
     if not head or used & set(head) or unwrapped(model).get_output_embeddings() is not None:  # type: ignore[operator]
@@ -146,39 +156,56 @@ def _warn_of_frozen_head(model: nn.Module, head: list[str], used: set[str]) -> N
     )
 
 
-def _full(
-    parameters: dict[str, Parameter], train: str | Iterable[str], head: list[str]
-) -> list[str]:
-    """Return the names trained in full: a plain name means a module or parameter of that name."""
+def _warn_of_others(others: list[str]) -> None:
+    if others:
+        warnings.warn(
+            f"{some(others)} of the backbone: frozen, since the default targets are the weights of "
+            f"nn.Linear and Conv1D and of experts; name them beside {_ALL_LINEAR!r} in targets to "
+            "adapt them, or in exclude",
+            stacklevel=4,
+        )
+
+
+def _chosen(named: Named, patterns: list[str], argument: str) -> set[str]:
+    """Return the parameters that the patterns mean, or say which of them means none."""
     chosen: set[str] = set()
-    for pattern in listed(train, "train"):
-        found = head if pattern == "head" else []
-        found = found or select(parameters, pattern, names_part)
+    for pattern in patterns:
+        found = select(named, pattern)
         if not found:
-            near = matches_nothing(pattern, parameters, names_part)
-            raise ValueError(f"{pattern!r} in train {near}")
+            raise ValueError(f"{pattern!r} in {argument} {matches_nothing(pattern, named)}")
         chosen.update(found)
-    return [name for name in parameters if name in chosen]
+    return chosen
 
 
-def _adapted(parameters: dict[str, Parameter], targets: Targets) -> list[str]:
-    """Return the adapted names: those chosen that are matrices."""
-    if callable(targets) and not isinstance(targets, type):
-        chosen = {name for name, p in parameters.items() if targets(name, p.owners[0])}
+def _full(named: dict[str, Parameter], train: list[str], head: list[str]) -> list[str]:
+    """Return the names trained in full."""
+    patterns = [pattern for pattern in train if pattern != "head" or not head]
+    chosen = _chosen(_names(named), patterns, "train") | set(head if patterns != train else ())
+    return [name for name in named if name in chosen]
+
+
+def _targeted(
+    named: dict[str, Parameter], wanted: Predicate | list[str], default: list[str]
+) -> list[str]:
+    """Return the names of the targets: those chosen that are matrices."""
+    if callable(wanted):
+        chosen = {name for name, p in named.items() if wanted(name, p.owners[0])}
         if not chosen:
             raise ValueError("the predicate given as targets chose no parameter")
-        _refuse_vectors("the predicate given as targets", chosen, parameters)
+        _refuse_vectors("the predicate given as targets", chosen, named)
     else:
-        chosen = set()
-        for pattern in listed(targets, "targets"):
-            found = select(parameters, pattern, names_weight)
+        matrices = _names({name: p for name, p in named.items() if _is_matrix(name, p)})
+        chosen = set(default if _ALL_LINEAR in wanted else ())
+        for pattern in wanted:
+            if pattern == _ALL_LINEAR:
+                continue
+            found = select(_names(named), pattern)
             if not found:
-                matrices = [name for name, p in parameters.items() if p.value.ndim >= 2]
-                near = matches_nothing(pattern, matrices, names_weight)
+                near = matches_nothing(pattern, matrices)
                 raise ValueError(f"{pattern!r} in targets {near}")
-            _refuse_vectors(f"{pattern!r} in targets", found, parameters)
+            _refuse_vectors(f"{pattern!r} in targets", found, named)
             chosen.update(found)
-    return [name for name, p in parameters.items() if name in chosen and _is_matrix(name, p)]
+    return [name for name, p in named.items() if name in chosen and _is_matrix(name, p)]
 
 
 def _is_matrix(name: str, parameter: Parameter) -> bool:
@@ -192,70 +219,6 @@ def _with_plain_names(parameter: Parameter) -> Parameter:
     return parameter._replace(names=list(dict.fromkeys([*parameter.names, *plain])))
 
 
-def _default(
-    model: nn.Module, named: dict[str, Parameter], backbone: list[str], full: list[str]
-) -> list[str]:
-    """Return the weights of linear layers and the experts of the backbone, less those in full."""
-    left = set(full) | _routers(model, named)
-    rest = [name for name in backbone if name not in left]
-    adapted = [name for name in rest if _is_linear(named[name], name) or _is_experts(named[name])]
-    if not adapted and not full:
-        raise ValueError(
-            f"{type(model).__name__} has no nn.Linear or Conv1D weight to adapt; "
-            "name the weights with targets=..."
-        )
-    others = [name for name in rest if name not in set(adapted) and _is_left_out(named[name], name)]
-    if others:
-        warnings.warn(
-            f"{some(others)} of the backbone: frozen, since the default targets are the weights of "
-            "nn.Linear and Conv1D and of experts; name them in targets to adapt them, or pass "
-            "targets=... without them",
-            stacklevel=4,
-        )
-    return adapted
-
-
-def _is_linear(parameter: Parameter, name: str) -> bool:
-    """Return whether it is the weight of linear layers alone: not one tied to an embedding."""
-    linear = (isinstance(owner, nn.Linear) or is_conv1d(owner) for owner in parameter.owners)
-    return name.split(".")[-1] == "weight" and all(linear)
-
-
-def _is_experts(parameter: Parameter) -> bool:
-    """Return whether it holds the matrices of all experts of a layer."""
-    owner = parameter.owners[0]
-    return parameter.value.ndim == 3 and "Experts" in type(owner).__name__
-
-
-def _routers(model: nn.Module, named: dict[str, Parameter]) -> set[str]:
-    """Return the parameters that choose experts, by the names of transformers' modules."""
-    found: set[int] = set()
-    for name, module in model.named_modules():
-        children = dict(module.named_children())
-        if _ROUTER.search(type(module).__name__) or "router" in name.rpartition(".")[2]:
-            found |= {id(p) for p in module.parameters()}
-        elif any("expert" in child for child in children):
-            gates = (c for name, c in children.items() if name == "gate" or name.endswith("_gate"))
-            found |= {id(p) for gate in gates for p in gate.parameters()}
-    return {name for name, parameter in named.items() if id(parameter.value) in found}
-
-
-def _is_left_out(parameter: Parameter, name: str) -> bool:
-    """Return whether it looks like a matrix that a linear layer multiplies with, by its module.
-
-    Embeddings, convolutions, biases and what routes to experts are left out without a word.
-    """
-    shape = parameter.value.shape
-    known = (nn.Embedding, nn.EmbeddingBag, Convolution)
-    words = name.lower() + type(parameter.owners[0]).__name__.lower()
-    return (
-        len(shape) >= 2
-        and min(shape[-2:]) > 1
-        and not any(isinstance(owner, known) for owner in parameter.owners)
-        and not any(word in words for word in ("embed", "bias", "position"))
-    )
-
-
 def _refuse_peft(model: nn.Module) -> None:
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     for name, module in model.named_modules() if tuners is not None else ():
@@ -266,10 +229,9 @@ def _refuse_peft(model: nn.Module) -> None:
             )
 
 
-def _refuse_vectors(who: str, found: Iterable[str], parameters: dict[str, Parameter]) -> None:
-    found = list(found)
-    if not any(_is_matrix(name, parameters[name]) for name in found):
-        shapes = some([f"{name} of shape {tuple(parameters[name].value.shape)}" for name in found])
+def _refuse_vectors(who: str, found: Collection[str], named: dict[str, Parameter]) -> None:
+    if not any(_is_matrix(name, named[name]) for name in found):
+        shapes = some([f"{name} of shape {tuple(named[name].value.shape)}" for name in found])
         raise ValueError(
             f"{who} matches only {shapes}: a weight needs two dimensions to be factored; "
             "use train=... to train it in full"

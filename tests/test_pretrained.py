@@ -1,12 +1,14 @@
 """`init_from`: the state that `init` gives, from a folder, without a model in memory."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -166,7 +168,123 @@ def test_the_peak_memory_of_init_from_is_the_state_and_some_decompositions(
     assert above <= allowed
 
 
+def _in_cache(folder: Path, name: str) -> Path:
+    """Lay a folder out as a repository of that name in the cache of the Hub."""
+    repository = folder / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    return repository / "snapshots" / ("0" * 40)
+
+
+class TestHub:
+    """Users passed "openai-community/gpt2": "there is neither openai-community/gpt2/model..."."""
+
+    @pytest.fixture(autouse=True)
+    def offline(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.chdir(tmp_path)
+
+    @pytest.mark.parametrize("options", [{}, SHARDS], ids=["one file", "shards"])
+    def test_init_from_takes_what_is_in_the_cache(self, tmp_path: Path, options: dict[str, Any]):
+        model = seeded(tiny_gpt2)
+        model.save_pretrained(_in_cache(tmp_path / "hub", "someone/tiny"), **options)
+        _, state = rosa_func.init_from("someone/tiny", 2)
+        assert state_bytes(state) == state_bytes(rosa_func.init(model, 2))
+
+    def test_init_from_downloads_what_the_cache_lacks(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        model, calls = seeded(tiny_gpt2), []
+        model.save_pretrained(tmp_path / "there", **SHARDS)
+        cached = _in_cache(tmp_path / "hub", "tiny")  # of an interrupted download
+        shutil.copytree(tmp_path / "there", cached)
+        next(cached.glob("model-*")).unlink()
+
+        def snapshot_download(name: str, *, allow_patterns: list[str], **options: Any) -> str:
+            calls.append(options)
+            if options:
+                return str(cached)
+            for pattern in allow_patterns:
+                for file in (tmp_path / "there").glob(pattern):
+                    shutil.copy(file, cached)
+            return str(cached)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        for _ in range(2):
+            _, state = rosa_func.init_from("tiny", 2)
+            assert state_bytes(state) == state_bytes(rosa_func.init(model, 2))
+        assert calls == [{"local_files_only": True}, {}, {"local_files_only": True}]
+
+    @pytest.mark.parametrize("name", ["someone/tiny", "tiny"])
+    def test_what_is_neither_a_folder_nor_in_the_cache_is_one_clear_line(self, name: str):
+        message = rf"^there is no folder {name}, the cache of the Hub lacks .*hf download {name}"
+        with pytest.raises(FileNotFoundError, match=message) as caught:
+            rosa_func.init_from(name, 2)
+        assert "\n" not in str(caught.value)
+
+    def test_a_repository_that_the_hub_does_not_have_is_named(
+        self, monkeypatch: pytest.MonkeyPatch
+    ):
+        class NoRepository(huggingface_hub.errors.RepositoryNotFoundError):
+            def __init__(self) -> None:
+                pass
+
+        def snapshot_download(name: str, **options: Any) -> str:
+            error = huggingface_hub.errors.LocalEntryNotFoundError("not cached")
+            raise error if "local_files_only" in options else NoRepository()
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        with pytest.raises(FileNotFoundError, match=r"Hub has no repository someone/tiny .*log in"):
+            rosa_func.init_from("someone/tiny", 2)
+
+    def test_without_huggingface_hub_it_is_what_to_install(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+        with pytest.raises(FileNotFoundError, match=r"no folder someone/tiny; .* huggingface_hub"):
+            rosa_func.init_from("someone/tiny", 2)
+
+    @pytest.mark.parametrize("path", ["../tiny", "a/b/c", "a//b", "./tiny", "a--b", Path("a/b")])
+    def test_what_cannot_be_a_name_is_not_looked_up(
+        self, path: Any, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+        with pytest.raises(FileNotFoundError, match=r"there is neither .*model\.safetensors"):
+            rosa_func.init_from(path, 2)
+
+
 class TestRefusals:
+    def test_init_from_refuses_a_pickle_and_says_the_way_round(self, tmp_path: Path):
+        """It said that there was no model.safetensors, beside a pytorch_model.bin."""
+        model = seeded(tiny_gpt2)
+        model.save_pretrained(tmp_path)
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+        message = r"pytorch_model\.bin is not read, since a pickle can .*save_pretrained writes"
+        with pytest.raises(FileNotFoundError, match=message):
+            rosa_func.init_from(tmp_path, 2)
+
+    def test_init_from_says_that_a_new_head_has_no_weights_yet(self, tmp_path: Path):
+        """It said that from_pretrained knew its old name."""
+        seeded(tiny_gpt2).save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["architectures"] = ["GPT2ForSequenceClassification"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(KeyError, match=r"lack score\.weight .* new head has no weights yet"):
+            rosa_func.init_from(tmp_path, 2)
+
+    def test_init_from_refuses_two_values_of_a_tied_weight(self, tmp_path: Path):
+        """One of them was taken, logits 1.73 off; transformers unties the two."""
+        model, name = seeded(tiny_gpt2), "transformer.wte.weight"
+        model.save_pretrained(tmp_path)
+        file = tmp_path / "model.safetensors"
+        tensors = load_file(file)
+        save_file({**tensors, "lm_head.weight": tensors[name].clone()}, file)
+        _, state = rosa_func.init_from(tmp_path, 2)
+        assert state_bytes(state) == state_bytes(rosa_func.init(model, 2))
+        save_file({**tensors, "lm_head.weight": tensors[name] + 1}, file)
+        with pytest.raises(ValueError, match=rf"{name} and lm_head.weight are one tied .* untie"):
+            rosa_func.init_from(tmp_path, 2)
+
     def test_init_from_names_what_is_missing(self, tmp_path: Path):
         with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
             rosa_func.init_from(tmp_path, 2)

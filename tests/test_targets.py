@@ -10,7 +10,7 @@ from torch import nn
 
 import rosa_func
 from cases import DTYPES
-from models import seeded, tiny_gpt2, two_layers
+from models import MOE_BUILDERS, seeded, tiny_gpt2, two_layers
 from references import model_snapshot, state_bytes
 from rosa_func import samplers
 from rosa_func.patterns import rank
@@ -122,7 +122,7 @@ def test_a_rank_is_checked_against_each_weight():
 def test_a_decimal_fraction_is_taken_as_written(hundredths, limit):
     """0.29 of 100 is 29, though the float next to 0.29 times 100 is 28.999999999999996."""
     fraction = float(f"0.{hundredths:02}")
-    assert rank(fraction, ["w"], (limit, 500)) == max(1, hundredths * limit // 100)
+    assert rank(fraction, "w", (limit, 500)) == max(1, hundredths * limit // 100)
 
 
 # Targets.
@@ -140,6 +140,12 @@ def test_an_alias_means_the_tied_weight(targets):
         (ATTENTION, [ATTENTION]),
         ("*attn.c_proj.weight", ["transformer.h.0.attn.c_proj.weight"]),
         ("attn.c_proj", ["transformer.h.0.attn.c_proj.weight"]),
+        ("attn.c_proj.weight", ["transformer.h.0.attn.c_proj.weight"]),
+        ("attn.c_*", [ATTENTION, "transformer.h.0.attn.c_proj.weight"]),
+        ("attn", [ATTENTION, "transformer.h.0.attn.c_proj.weight"]),
+        ("*attn", [ATTENTION, "transformer.h.0.attn.c_proj.weight"]),
+        ("h.?.attn", [ATTENTION, "transformer.h.0.attn.c_proj.weight"]),
+        ("c_[af]*", [ATTENTION, "transformer.h.0.mlp.c_fc.weight"]),
         ("transformer.h.0.attn.c_proj", ["transformer.h.0.attn.c_proj.weight"]),
         ("*.h.?.attn.c_proj", ["transformer.h.0.attn.c_proj.weight"]),
         (["wpe", "c_attn"], ["transformer.wpe.weight", ATTENTION]),
@@ -152,6 +158,12 @@ def test_an_alias_means_the_tied_weight(targets):
         "full name",
         "glob",
         "path",
+        "path of a parameter",
+        "glob of a path",
+        "module of modules",
+        "glob of modules",
+        "glob of a layer",
+        "glob of letters",
         "full path",
         "glob of paths",
         "list",
@@ -167,8 +179,15 @@ def test_which_weights_a_pattern_or_predicate_means(targets, names):
 @pytest.mark.parametrize(
     "options, error, parts",
     [
-        ({"targets": "attn.c_attn.weight"}, ValueError, ["'attn.c_attn.weight'", ATTENTION]),
-        ({"targets": "attn"}, ValueError, ["'attn' in targets", "names are c_attn,"]),
+        ({"targets": "attn.c_atn.weight"}, ValueError, ["names are attn.c_attn.weight,"]),
+        ({"targets": "c_attn,c_fc"}, ValueError, ["a list of names, ['c_attn', 'c_fc']"]),
+        ({"targets": r".*\.(c_attn|c_fc)"}, ValueError, ["regular expression", "predicate"]),
+        ({"targets": r"h\.\d+\.attn"}, ValueError, ["regular expression", "predicate"]),
+        ({"targets": ".*c_fc"}, ValueError, ["regular expression", "predicate"]),
+        ({"exclude": "c_atn"}, ValueError, ["'c_atn' in exclude", "names are c_attn,"]),
+        ({"exclude": "*"}, ValueError, ["exclude leaves nothing", ATTENTION]),
+        ({"targets": "wte", "exclude": "lm_head"}, ValueError, ["exclude leaves nothing", WORDS]),
+        ({"exclude": 3}, TypeError, ["exclude", "3"]),
         ({"targets": "attention"}, ValueError, ["'attention' in targets", "c_attn"]),
         ({"targets": nn.Linear}, TypeError, ["predicate", "Linear"]),
         ({"sampler": "lora"}, TypeError, ["samplers.random", "'lora'"]),
@@ -200,7 +219,9 @@ def test_arguments_of_init_that_are_refused(options, error, parts):
     assert_init_refuses(error, *parts, model=seeded(tiny_gpt2), **options)
 
 
-@pytest.mark.parametrize("pattern", ["attn", "attention", "mlp", "h", "transformer", "weight"])
+@pytest.mark.parametrize(
+    "pattern", ["atn", "attention", "mpl", "hh", "weights", "attn.c_atn", "h.0.atn.*", "*c_atn"]
+)
 @pytest.mark.parametrize("argument", ["targets", "r"])
 def test_the_names_that_are_suggested_would_match(pattern, argument):
     model = seeded(lambda: tiny_gpt2(layers=1))
@@ -209,6 +230,92 @@ def test_the_names_that_are_suggested_would_match(pattern, argument):
         rosa_func.init(model, **options)
     for name in str(caught.value).partition("names are ")[2].split(", "):
         assert adapted_ranks(model, targets=name)
+
+
+class Mixed(nn.Module):
+    """What a model has matrices in, besides linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleDict(
+            {"out": nn.Linear(4, 4), "self_attn": nn.MultiheadAttention(4, 2)}
+        )
+        self.lstm = nn.LSTM(4, 4)
+        self.out = nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize(
+    "targets, names",
+    [
+        ("in_proj_weight", ["body.self_attn.in_proj_weight"]),
+        ("self_attn", ["body.self_attn.in_proj_weight", "body.self_attn.out_proj.weight"]),
+        ("weight_ih_l0", ["lstm.weight_ih_l0"]),
+        ("lstm", ["lstm.weight_ih_l0", "lstm.weight_hh_l0"]),
+        ("out", ["body.out.weight", "out.weight"]),
+        ("out.*", ["body.out.weight", "out.weight"]),
+        ("out.weight", ["out.weight"]),
+    ],
+)
+def test_a_name_means_parameters_and_modules_alike(targets, names):
+    """ "lstm" and "in_proj_weight" matched nothing; "out" was two modules, and "out.*" one."""
+    model = seeded(Mixed)
+    assert list(adapted_ranks(model, targets=targets)) == names
+    state = rosa_func.init(model, targets=(), train=targets)
+    matrices = [name for name, leaf in state["trainable"].items() if leaf.ndim == 2]
+    assert sorted(matrices) == sorted(names)
+    ranks = adapted_ranks(model, {targets: 1, "*": 2}, targets="*")
+    assert sorted(name for name, r in ranks.items() if r == 1) == sorted(names)
+
+
+@pytest.mark.parametrize("targets", ["gate_up_proj", "experts.gate_up_proj", "*gate_up*"])
+def test_a_name_means_the_experts_of_every_layer(targets):
+    """The closest names to "gate_up_proj" were said to be v_proj and q_proj."""
+    model = seeded(MOE_BUILDERS["mixtral"])
+    layers = [f"model.layers.{layer}.mlp.experts" for layer in range(2)]
+    state = rosa_func.init(model, 1, sampler=samplers.lora, targets=targets)
+    assert list(state["input_dim"].keys()) == [f"{layer}.gate_up_proj" for layer in layers]
+
+
+def test_all_linear_is_the_default_and_goes_with_others():
+    """peft's word for it was taken for a name."""
+    model = seeded(tiny_gpt2)
+    default = adapted_ranks(model)
+    assert adapted_ranks(model, targets="all-linear") == default
+    assert adapted_ranks(model, targets=["all-linear", "wpe"]) == {
+        **default,
+        "transformer.wpe.weight": 2,
+    }
+    with pytest.warns(UserWarning, match=r"lstm.weight_ih_l0, lstm.weight_hh_l0 of the backbone"):
+        adapted_ranks(seeded(Mixed), targets=["all-linear", "in_proj_weight"])
+
+
+@pytest.mark.parametrize(
+    "exclude", ["mlp", "*mlp*", ["c_fc", "mlp.c_proj"], ["mlp", "lm_head", "ln_f"]], ids=str
+)
+@pytest.mark.parametrize("targets", [None, "h", lambda name, _: ".h." in name and "c_" in name])
+def test_what_is_excluded_is_not_adapted(targets, exclude):
+    """There was no `exclude_modules`."""
+    ranks = adapted_ranks(seeded(tiny_gpt2), targets=targets, exclude=exclude)
+    assert ranks == adapted_ranks(seeded(tiny_gpt2), targets="attn")
+
+
+def test_what_is_excluded_is_not_warned_of_and_may_be_in_train():
+    model = seeded(Mixed)
+    options = {"exclude": ["lstm", "self_attn"], "train": "lstm"}
+    state = rosa_func.init(model, 2, **options)
+    assert list(state["input_dim"].keys()) == ["body.out.weight", "out.weight"]
+    assert "lstm.weight_ih_l0" in state["trainable"].keys()
+
+
+def test_a_rank_too_large_for_one_layer_says_how_to_go_on():
+    """r=8 failed on a model with a layer of 32 x 7."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 7))
+    hint = "r={'1.weight': 7, '*': 8}"
+    assert_init_refuses(
+        ValueError, "min(7, 32) = 7 of 1.weight", hint, "exclude='1.weight'", model=model, r=8
+    )
+    assert adapted_ranks(model, {"1.weight": 7, "*": 8}) == {"0.weight": 8, "1.weight": 7}
+    assert adapted_ranks(model, 8, exclude="1.weight") == {"0.weight": 8}
 
 
 @pytest.mark.parametrize("first", ["embed", "project"])

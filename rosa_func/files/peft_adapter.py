@@ -2,11 +2,14 @@
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from rosa_func.files import hub
 
 PREFIX = "base_model.model."
 _CONFIG, _WEIGHTS, _CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -32,13 +35,15 @@ def write_adapter(
         (folder / _CARD).write_text(card)
 
 
+def find_adapter(path: str | os.PathLike[str]) -> Path:
+    """Return the folder of an adapter, which may be a repository of the Hub."""
+    return hub.folder(path, [_CONFIG, _WEIGHTS], _refuse_missing)
+
+
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read config and tensors, and refuse what is more than plain LoRA."""
     from safetensors.torch import load_file
 
-    for name in (_CONFIG, _WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"there is no {folder / name}")
     config = json.loads((folder / _CONFIG).read_text())
     more = [f"{option}={config[option]!r}" for option in _MORE if config.get(option)]
     if config.get("peft_type") != "LORA":
@@ -53,6 +58,17 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "and use init"
         )
     return config, load_file(folder / _WEIGHTS)
+
+
+def _refuse_missing(folder: Path) -> None:
+    if not (folder / _CONFIG).is_file():
+        raise FileNotFoundError(f"there is no {folder / _CONFIG}")
+    if not (folder / _WEIGHTS).is_file():
+        raise FileNotFoundError(
+            f"there is no {folder / _WEIGHTS}; an adapter_model.bin is not read, since a pickle "
+            "can run any code: load it with PeftModel.from_pretrained if you trust it, and "
+            "save_pretrained writes safetensors"
+        )
 
 
 def rank(config: dict[str, Any], name: str) -> int:

@@ -61,11 +61,9 @@ def adapter(model: nn.Module, change: Mapping[str, Factors], full: Mapping[str, 
             "peft must not merge it, which would add the change once for each name",
             stacklevel=3,
         )
-    # peft warns of patterns that match no module, so all parameters get the default rank.
-    r = max(max(1, A.shape[-1]) for A, _ in (in_parameters or in_layers).values())
-    ranks = {alias: max(1, A.shape[-1]) for alias, (A, _) in in_layers.items()}
-    others = {f"^{_module(alias)}": k for alias, k in ranks.items() if k != r}
-    tensors = _of_layers(in_layers, named) | _of_parameters(in_parameters, model, named, r)
+    # Not all that read adapters know of a rank or an alpha for each weight.
+    r = max(1, *(A.shape[-1] for A, _ in factors.values()))
+    tensors = _of_layers(in_layers, named, r) | _of_parameters(in_parameters, model, named, r)
     first = {alias: name for name, names in aliases.items() for alias in names}
     for module in saved:
         for key, value in named[module].state_dict(prefix=f"{module}.").items():
@@ -77,8 +75,6 @@ def adapter(model: nn.Module, change: Mapping[str, Factors], full: Mapping[str, 
         "base_model_name_or_path": model_card.base_model(model),
         "r": r,
         "lora_alpha": r,
-        "rank_pattern": others,
-        "alpha_pattern": others,
         "target_modules": _exactly(layers, named, names_of_old_experts(model)),
         "target_parameters": list(in_parameters) or None,
         "modules_to_save": saved or None,
@@ -87,8 +83,7 @@ def adapter(model: nn.Module, change: Mapping[str, Factors], full: Mapping[str, 
         "lora_dropout": 0.0,
         "inference_mode": True,
     }
-    most = max(A.shape[-1] for A, _ in factors.values())
-    card = model_card.card(model, task, len(change), most, len(saved))
+    card = model_card.card(model, task, len(change), r, len(saved))
     return Adapter(config, {PREFIX + key: value for key, value in tensors.items()}, card)
 
 
@@ -140,12 +135,13 @@ def _sorted(
     return in_layers, in_parameters
 
 
-def _of_layers(factors: dict[str, Factors], named: dict[str, nn.Module]) -> dict[str, Tensor]:
+def _of_layers(
+    factors: dict[str, Factors], named: dict[str, nn.Module], r: int
+) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for alias, (A, B) in factors.items():
+    for alias, pair in factors.items():
         module = _module(alias)
-        # Where nothing changed: peft wants a rank of at least 1.
-        held = of_layer(named[module], *padded(A, B, max(1, A.shape[-1])))
+        held = of_layer(named[module], *padded(*pair, r))
         tensors |= {f"{module}.{end}": value for end, value in held.items()}
     return tensors
 
