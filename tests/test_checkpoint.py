@@ -181,6 +181,15 @@ class TestSaveAndLoad:
         assert identical({k: v for k, v in loaded.items()}, extra)
         assert loaded["one"] is loaded["again"]
 
+    def test_a_conjugate_is_not_taken_for_the_tensor_whose_memory_it_shares(self, tmp_path: Path):
+        """It came back as that tensor: the sign of its imaginary part was lost."""
+        x = randn(3, 2).to(torch.complex64) * (1 + 2j)
+        extra = {"x": x, "conjugate": x.conj(), "imag": x.imag, "negative": x.conj().imag}
+        checkpoint.save(tmp_path / "run.safetensors", make_state(), **extra)
+        loaded = checkpoint.load(tmp_path / "run.safetensors")[1]
+        assert all(torch.equal(loaded[name], value) for name, value in extra.items())
+        assert not torch.equal(loaded["imag"], loaded["negative"])
+
     def test_saved_tensors_have_names_that_other_readers_understand(self, tmp_path: Path):
         checkpoint.save(tmp_path / "run.safetensors", make_state())
         with safe_open(tmp_path / "run.safetensors", "pt") as file:

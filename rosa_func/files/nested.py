@@ -73,13 +73,14 @@ def flatten(value: Any) -> tuple[str, dict[str, Tensor]]:
                 f"{path} is a tensor without values of its own (meta, sparse, nested, quantised "
                 f"or a wrapper, of type {type(tensor).__name__}): pass plain tensors"
             )
+        tensor = tensor.detach().resolve_conj().resolve_neg()
         # One entry for the same memory seen the same way: states often share frozen tensors.
         memory = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
         key = (*memory, tensor.shape, tensor.stride(), tensor.dtype) if memory[0] else len(names)
         if key not in names:
             taken = path in tensors or path == "__metadata__"  # the format's own key
             names[key] = f"{path}#{len(tensors)}" if taken else path
-            tensors[names[key]] = tensor.detach()
+            tensors[names[key]] = tensor
         return names[key]
 
     return json.dumps(encode(value, "")), tensors
