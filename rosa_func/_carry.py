@@ -1,18 +1,45 @@
 """What an optimizer knows of the factors of a weight, carried to other factors."""
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rosa_func.weight.low_rank import LowRank
+from rosa_func._slots import COUNTS, FACTORED, FIRST, SECOND, Slots, check_slots, fresh
+from rosa_func.weight import Weight
+from rosa_func.weight.low_rank import LowRank, low_rank
+from rosa_func.weight.parts import trainable
 
-Slots = dict[str, Any]  # what an optimizer keeps for one tensor, by its own names
 
-_FIRST = ("exp_avg", "momentum_buffer")
-_SECOND = ("exp_avg_sq", "max_exp_avg_sq", "sum")
-_FACTORED = ("row_var", "col_var")  # Adafactor: the means of a second moment over either dimension
-_COUNTS = ("step", "mu_product")
+def carry(
+    optimizer: torch.optim.Optimizer,
+    name: str,
+    old: Weight,
+    new: Weight,
+    slots: Mapping[str, Slots],
+    moments: str,
+    fraction: float,
+) -> dict[str, Slots]:
+    """Return what an optimizer is to know of the leaves of a weight that was drawn again."""
+    after: dict[str, Slots] = {}
+    for term, drawn in zip(old.terms, new.terms, strict=True):
+        pairs = {
+            f"{name}.{field}": (leaf, getattr(drawn, field))
+            for field, leaf in trainable(term).items()
+        }
+        if all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs.values()):
+            continue
+        own = {leaf: slots[leaf] for leaf in pairs}
+        for leaf, (tensor, _) in pairs.items():
+            check_slots(optimizer, leaf, tensor, own[leaf], moments)
+        if moments == "reset":
+            after |= {leaf: fresh(optimizer, *pair) for leaf, pair in pairs.items()}
+        elif moments == "project" and isinstance(term, LowRank):
+            after |= project(name, term, low_rank(new), own)
+        else:
+            after |= hand_on(pairs, own, fraction)
+    return after
 
 
 def hand_on(
@@ -28,7 +55,9 @@ def hand_on(
                 "only moments='reset' and 'project' follow a rank that changes"
             )
         after[name] = {
-            slot: _pruned(value, fraction) if isinstance(value, Tensor) and value.ndim else value
+            slot: _pruned(value, fraction)
+            if fraction and isinstance(value, Tensor) and value.ndim
+            else value
             for slot, value in slots.items()
         }
     return after
@@ -36,12 +65,6 @@ def hand_on(
 
 def project(name: str, old: LowRank, new: LowRank, before: dict[str, Slots]) -> dict[str, Slots]:
     """Return the moments of a weight's new factors, by way of the moment of its gradient."""
-    for leaf, slots in before.items():
-        if unknown := slots.keys() - {*_FIRST, *_SECOND, *_FACTORED, *_COUNTS}:
-            raise ValueError(
-                f"moments='project' does not know what {min(unknown)!r} of this optimizer is "
-                f"(for {leaf}); pass moments='reset' or 'keep'"
-            )
     of_A, of_B = before[f"{name}.A"], before[f"{name}.B"]
     eps = torch.finfo(old.A.dtype).eps
     A, B, new_A, new_B = (factor.detach().double() for factor in (*old, *new))
@@ -65,7 +88,7 @@ class _Pair(NamedTuple):
 
 def _projected(old: _Pair, A: Tensor, B: Tensor, eps: float) -> tuple[Slots, Slots]:
     first: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-    for slot in _FIRST:
+    for slot in FIRST:
         M_A, M_B = old.of_A.get(slot), old.of_B.get(slot)
         if M_A is not None or M_B is not None:
             left, right = gradient_moment(old.A, old.B, M_A, M_B, eps)
@@ -87,7 +110,7 @@ def _of_left_factor(
     if "variance" in values:
         v = values.pop("variance")
         values["row_var"], values["col_var"] = v.mean(1, keepdim=True), v.mean(0, keepdim=True)
-    counts = {slot: slots[slot] for slot in _COUNTS if slot in slots}
+    counts = {slot: slots[slot] for slot in COUNTS if slot in slots}
     return counts | {
         slot: value.to(slots[slot].dtype).contiguous() for slot, value in values.items()
     }
@@ -95,7 +118,7 @@ def _of_left_factor(
 
 def _transposed(slots: Slots) -> Slots:
     """Transpose the moments; Adafactor's two means change places."""
-    other = dict(zip(_FACTORED, reversed(_FACTORED), strict=True))
+    other = dict(zip(FACTORED, reversed(FACTORED), strict=True))
     return {
         other.get(slot, slot): value.mT.contiguous()
         if isinstance(value, Tensor) and value.ndim >= 2
@@ -168,7 +191,7 @@ def _inverse(x: Tensor) -> Tensor:
 
 def _second_moments(slots: Slots) -> dict[str, Tensor]:
     """Return the second moments as matrices, Adafactor's as the one it stands for."""
-    found = {slot: slots[slot].double() for slot in _SECOND if slot in slots}
+    found = {slot: slots[slot].double() for slot in SECOND if slot in slots}
     if "row_var" in slots:
         row, column = slots["row_var"].double(), slots["col_var"].double()
         found["variance"] = row * column * _inverse(row.mean())

@@ -29,13 +29,14 @@ def save(path: str | os.PathLike[str], state: TensorDict, **extra: Any) -> None:
     Args:
         path: the file, by custom with the suffix `.safetensors`; an old one is replaced.
         state: a state of `init` or `resample`, or a `delta`.
-        extra: what else a run needs: tensors, numbers, strings and None, nested in lists, tuples,
-            dicts (of any such keys) and TensorDicts. So `optimizer.state_dict()`, a scheduler's,
-            and `torch.get_rng_state()` can be passed as they are.
+        extra: what else a run needs: tensors, numpy arrays and scalars, numbers, strings, paths,
+            `torch.Size` and None, nested in lists, tuples, dicts (of any such keys) and
+            TensorDicts. So `optimizer.state_dict()`, a scheduler's, `torch.get_rng_state()` and
+            `np.random.get_state()` can be passed as they are.
 
     Raises:
-        TypeError: if the state is not a TensorDict, or extra holds anything else (its path is
-            named). Nothing is written then.
+        TypeError: if the state is not a TensorDict, or extra holds anything else, such as a
+            quantised tensor or an array of objects (its path is named). Nothing is written then.
         FileNotFoundError: if the folder is not there.
 
     Example:

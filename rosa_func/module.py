@@ -92,7 +92,10 @@ class RosaModule(nn.Module):
         """Do `resample` in place: the same parameters get new values, so that hooks live on.
 
         Where torch.distributed is initialised, every process must call this, with the same key;
-        each decomposes its share of the weights (see `distributed.resample`).
+        each decomposes its share of the weights (see `distributed.resample`). The gradients of the
+        factors are dropped, since they are those of the old ones: where several are accumulated for
+        a step, resample before the first. An average of the parameters (`AveragedModel`, EMA) would
+        mix subspaces from here on: average what `export.to_module(model, module.state)` returns.
 
         Args:
             key: as in `resample`.
@@ -109,9 +112,12 @@ class RosaModule(nn.Module):
                 optimizer.state.pop(parameter, None)
                 if slots[name]:
                     optimizer.state[parameter] = slots[name]
+        in_full = read(new).full
         for path, value in entries(new).items():
             table, last = self._slots[path]
             if trains(path):
+                if path[1] not in in_full:
+                    table[last].grad = None
                 with torch.no_grad():
                     table[last].copy_(value)
             else:

@@ -12,14 +12,15 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from rosa_func._carry import Slots, hand_on, project
+from rosa_func._carry import carry
+from rosa_func._slots import Slots, cast, check_moments, unwrapped
+from rosa_func.trainable import refuse_computed
 from rosa_func.weight import Term, Weight, read
 from rosa_func.weight.layout import leaves
-from rosa_func.weight.low_rank import LowRank, low_rank
+from rosa_func.weight.low_rank import LowRank
 from rosa_func.weight.parts import trainable
 
 _NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
-_MOMENTS = ("reset", "project", "keep", "prune")
 
 
 def groups(
@@ -50,7 +51,7 @@ def groups(
         A group for each of the three that has tensors, in this order.
 
     Raises:
-        ValueError: if an option is `params`, or no tensor is left to train.
+        ValueError: if an option is `params`, no tensor is left to train, or one is not a leaf.
 
     Source: Hayou, Ghosh and Yu 2024, "LoRA+".
 
@@ -66,6 +67,7 @@ def groups(
     for side, options in given.items():
         if options is not None and "params" in options:
             raise ValueError(f"the options of {side} have 'params': groups chooses the tensors")
+    refuse_computed(leaves(state))
     chosen: dict[str, list[Tensor]] = {side: [] for side in given}
     parts = read(state)
     for w in parts.adapted().values():
@@ -124,7 +126,7 @@ def rebind(
           v_B'[k, j] = |A'_k|^2 sum_l v_B[l, j] / |A|^2,
 
       but never less than the square of the new first moment;
-    - "keep": hand them on as they are (GaLore does so across its subspaces);
+    - "keep": hand them on as they are (GaLore does so across its subspaces), quantised ones too;
     - "prune": hand them on with the smallest `fraction` of each set to zero (ReLoRA, which warms up
       again then: where a second moment alone is zeroed, a step is large; see `rewarm`).
 
@@ -134,8 +136,9 @@ def rebind(
     difference (-0.025 ± 0.029; examples/experiments/RESULTS.md, `moments`).
 
     Args:
-        optimizer: any of `torch.optim` whose state is per parameter (all but LBFGS); "project"
-            knows SGD, Adam, AdamW, NAdam, RAdam, Adagrad and Adafactor.
+        optimizer: any whose state is per parameter (of `torch.optim`, all but LBFGS). "project"
+            knows SGD, Adam, AdamW, NAdam, RAdam, Adagrad and Adafactor; "prune" these, RMSprop,
+            Adadelta and Adamax.
         old_state: the state whose leaves the optimizer has.
         new_state: what `resample(old_state, ...)` returned. Its leaves require a gradient
             afterwards as the old ones did.
@@ -147,9 +150,15 @@ def rebind(
 
     Raises:
         ValueError: for an unknown `moments`, a fraction out of place, an optimizer without leaves
-            of the old state, a rank that changed under "keep" or "prune", LBFGS, or an optimizer
-            that "project" does not know. Nothing is changed then.
+            of the old state, a rank that changed under "keep" or "prune", a device that changed,
+            LBFGS, a wrapper (SAM, Lookahead) with a state beside that of the optimizer
+            inside it, and slots that are named: those that "project" or "prune" does not know;
+            those that hold weights, such as the averages of ASGD and schedule-free methods, but
+            for "reset"; a step count of a whole group under "reset". Nothing is changed then.
         KeyError: if the states have different names (named).
+
+    Warns:
+        UserWarning: if "keep" hands on a slot of a factor's shape whose name it does not know.
 
     Source: Lialin et al. 2023, "ReLoRA" (pruning); Zhao et al. 2024, "GaLore" (keeping).
 
@@ -188,7 +197,7 @@ def carried(
 ) -> dict[str, Slots]:
     """Return what an optimizer of the old leaves is to know of the new ones; see `rebind`."""
     check_moments(moments, fraction)
-    _refuse_lbfgs(optimizer)
+    optimizer = unwrapped(optimizer)
     old, new = leaves(old_state), leaves(new_state)
     if unmatched := set(old).symmetric_difference(new):
         name = min(unmatched)
@@ -199,24 +208,18 @@ def carried(
             "the optimizer has no leaf of old_state: pass the state that its parameters came from, "
             "before the resample"
         )
+    refuse_computed(new)
+    for name, leaf in old.items():
+        if leaf.device != new[name].device:
+            raise ValueError(
+                f"{name} went from {leaf.device} to {new[name].device}: move a state before its "
+                "optimizer is made"
+            )
     slots = {name: dict(optimizer.state.get(leaf, {})) for name, leaf in old.items()}
-    before, after = (read(state).adapted() for state in (old_state, new_state))
-    for name, w in before.items():
-        for term, drawn in zip(w.terms, after[name].terms, strict=True):
-            pairs = {
-                f"{name}.{field}": (leaf, getattr(drawn, field))
-                for field, leaf in trainable(term).items()
-            }
-            own = {leaf: slots[leaf] for leaf in pairs}
-            if all(torch.equal(one, other) for one, other in pairs.values()):
-                continue
-            if moments == "reset":
-                slots |= {leaf: _fresh(optimizer, *pair) for leaf, pair in pairs.items()}
-            elif moments == "project" and isinstance(term, LowRank):
-                slots |= project(name, term, low_rank(after[name]), own)
-            else:
-                slots |= hand_on(pairs, own, fraction or 0.0)
-    return slots
+    drawn = read(new_state).adapted()
+    for name, w in read(old_state).adapted().items():
+        slots |= carry(optimizer, name, w, drawn[name], slots, moments, fraction or 0.0)
+    return {name: cast(slots[name], leaf, new[name]) for name, leaf in old.items()}
 
 
 def rewarm(
@@ -282,34 +285,3 @@ def _cycles(every: int | Iterable[int]) -> tuple[Callable[[int], int], float]:
         raise ValueError(f"every has steps counted from 0, got {starts[0]}")
     lengths = [after - before for before, after in pairwise(starts[1:])]
     return lambda step: starts[bisect_right(starts, step) - 1], min(lengths, default=math.inf)
-
-
-def check_moments(moments: str, fraction: float | None) -> None:
-    """Refuse what `rebind` does not know."""
-    if moments not in _MOMENTS:
-        raise ValueError(f"moments is one of {', '.join(_MOMENTS)}, got {moments!r}")
-    if (fraction is not None) != (moments == "prune"):
-        raise ValueError(
-            f"a fraction goes with moments='prune' and only there, got fraction={fraction!r} "
-            f"with moments={moments!r}"
-        )
-    if fraction is not None and not 0 <= fraction <= 1:
-        raise ValueError(f"the fraction to prune lies in [0, 1], got {fraction!r}")
-
-
-def _refuse_lbfgs(optimizer: torch.optim.Optimizer) -> None:
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError(
-            "LBFGS keeps one history of all parameters together, which no new subspace can take "
-            "over: make a new LBFGS of parameters(new_state)"
-        )
-
-
-def _fresh(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor) -> Slots:
-    """Return what a new optimizer would know: only Adagrad knows something, its first sum."""
-    if not isinstance(optimizer, torch.optim.Adagrad) or old not in optimizer.state:
-        return {}
-    (group,) = (g for g in optimizer.param_groups if any(p is old for p in g["params"]))
-    initial = group["initial_accumulator_value"]
-    made = torch.optim.Adagrad([new], initial_accumulator_value=initial)
-    return dict(made.state[new])

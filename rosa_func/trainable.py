@@ -1,5 +1,6 @@
 """The leaves of a state that train, and how many values they have."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from tensordict import TensorDict
@@ -12,7 +13,7 @@ from rosa_func.weight.parts import Weight, trainable
 def named_parameters(state: TensorDict) -> dict[str, Tensor]:
     """Return the trainable leaves by name, so that groups of them can have different rates.
 
-    Sets `requires_grad` on them, as `parameters` does.
+    Which these are, and what is set on them, is as in `parameters`.
 
     Args:
         state: a state of `init` or `resample`.
@@ -22,17 +23,23 @@ def named_parameters(state: TensorDict) -> dict[str, Tensor]:
 
     Raises:
         KeyError: if an entry of the state is missing (named).
+        ValueError: if a tensor that trains is not a leaf (named).
 
     Example:
         >>> import rosa_func, torch
         >>> state = rosa_func.init(torch.nn.Sequential(torch.nn.Linear(6, 4)), 2)
         >>> list(rosa_func.named_parameters(state))
         ['0.weight.A', '0.weight.B']
+        >>> groups = rosa_func.optim.groups(state, input=None)
+        >>> list(rosa_func.named_parameters(state))
+        ['0.weight.A']
     """
     named = layout.leaves(state)
-    for leaf in named.values():
-        leaf.requires_grad_(True)
-    return named
+    refuse_computed(named)
+    if not any(leaf.requires_grad for leaf in named.values()):
+        for leaf in named.values():
+            leaf.requires_grad_(True)
+    return {name: leaf for name, leaf in named.items() if leaf.requires_grad}
 
 
 def parameters(state: TensorDict) -> list[Tensor]:
@@ -42,6 +49,9 @@ def parameters(state: TensorDict) -> list[Tensor]:
     the state. Move the state to its device first: `state.to(...)` makes new tensors. Mind that
     weight decay on A and B decays *pretrained* content: set it to 0.
 
+    Where some leaves require a gradient already, these are returned alone, and the others stay
+    frozen: `optim.groups` with None for a side has left them out.
+
     Args:
         state: a state of `init` or `resample`.
 
@@ -50,6 +60,8 @@ def parameters(state: TensorDict) -> list[Tensor]:
 
     Raises:
         KeyError: if an entry of the state is missing (named).
+        ValueError: if a tensor that trains is not a leaf (named), as in a copy of a state whose
+            leaves require a gradient: make it by `state.detach().clone()`.
 
     Example:
         >>> import rosa_func, torch
@@ -57,6 +69,17 @@ def parameters(state: TensorDict) -> list[Tensor]:
         >>> optimizer = torch.optim.AdamW(rosa_func.parameters(state), 1e-3, weight_decay=0.0)
     """
     return list(named_parameters(state).values())
+
+
+def refuse_computed(named: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that autograd computed from others: they get no gradient of their own."""
+    for name, tensor in named.items():
+        if not tensor.is_leaf:
+            raise ValueError(
+                f"{name} is not a leaf, so no optimizer can train it: it was computed from a "
+                "tensor that requires a gradient, as in a copy of a state (.clone(), .to(), "
+                "copy.deepcopy) made after `parameters`; copy it by state.detach().clone()"
+            )
 
 
 class Count(NamedTuple):

@@ -5,9 +5,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from rosa_func import samplers
+from rosa_func._slots import check_moments
 from rosa_func.keys import check_key, fold_in
 from rosa_func.module import RosaModule
-from rosa_func.optim import check_moments
 from rosa_func.samplers import Sampler, check_sampler
 
 
@@ -77,7 +77,7 @@ class ResampleCallback(TrainerCallback):
         _module_of(model).resample(
             fold_in(self.key, step),
             sampler=self.sampler,
-            optimizer=getattr(optimizer, "optimizer", optimizer),  # accelerate wraps it
+            optimizer=optimizer,
             moments=self.moments,
             fraction=self.fraction,
         )

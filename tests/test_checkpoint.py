@@ -2,12 +2,14 @@
 
 import copy
 import os
+import random
 import subprocess
 import sys
 from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 import rosa_func
 from cases import ANY_DTYPE, DTYPES
 from models import randn, seeded
+from optimizers import Quantised
 from rosa_func import checkpoint
 from rosa_func.files import container, nested
 from rosa_func.weight.layout import leaves
@@ -46,6 +49,9 @@ def identical(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(identical(*pair) for pair in pairs)
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(identical, one, other))
+    if isinstance(one, np.ndarray | np.generic):
+        same = one.dtype == other.dtype and one.shape == other.shape
+        return same and one.tobytes() == other.tobytes()
     if isinstance(one, float):
         return repr(one) == repr(other)
     return one == other
@@ -63,9 +69,22 @@ tensors = st.builds(
     st.lists(st.integers(0, 3), max_size=3),
     st.sampled_from([*DTYPES, torch.int64, torch.bool, torch.uint8]),
 )
+arrays = st.builds(
+    lambda shape, dtype: randn(1, *shape)[0].mul(9).numpy().astype(dtype),
+    st.lists(st.integers(0, 3), max_size=3),
+    st.sampled_from(
+        ["<f4", ">f8", "f2", "c16", "?", "u2", "i8", "longdouble", "U5", "S4", "M8[s]"]
+    ),
+)
+others = (
+    arrays
+    | arrays.filter(lambda array: array.size).map(lambda array: array.reshape(-1)[0])
+    | st.lists(st.integers(0, 9), max_size=3).map(torch.Size)
+    | st.text("ab/. ", max_size=5).map(Path)
+)
 keys = st.integers() | st.text(max_size=3) | st.booleans() | st.none() | st.tuples(st.integers())
 values = st.recursive(
-    scalars | tensors,
+    scalars | tensors | others,
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.lists(inner, max_size=3).map(tuple)
@@ -93,6 +112,27 @@ class TestSaveAndLoad:
         assert identical(loaded, state)
         assert extra.keys() == {"value"}
         assert identical(extra["value"], value)
+
+    def test_the_states_of_random_generators_come_back(self, tmp_path: Path):
+        """`np.random.get_state()` was refused, and numpy numbers, paths and shapes with it."""
+        given = {
+            "legacy": np.random.RandomState(3).get_state(),
+            "named": np.random.RandomState(3).get_state(legacy=False),
+            "numpy": np.random.default_rng(3).bit_generator.state,
+            "python": random.Random(3).getstate(),
+            "best": {np.int64(7): np.float64(0.5)},
+            "where": [Path("runs") / "one", torch.Size([2, 3]), np.str_("")],
+            "turned": np.arange(6.0).reshape(2, 3).T[::-1],
+            "fixed": np.broadcast_to(np.float32(2), (3,)),
+        }
+        path = tmp_path / "run.safetensors"
+        checkpoint.save(path, make_state(), **given)
+        extra = checkpoint.load(path)[1]
+        assert identical(extra, given)
+        one, other = np.random.RandomState(), np.random.RandomState(3)
+        one.set_state(extra["legacy"])
+        assert one.randn() == other.randn()
+        extra["turned"] += 1  # memory of its own, which can be written to
 
     def test_optimizer_and_scheduler_dicts_can_be_loaded_again(self, tmp_path: Path):
         state = make_state()
@@ -140,6 +180,15 @@ class TestSaveAndLoad:
         loaded = checkpoint.load(path)[1]["extra"]
         assert identical({k: v for k, v in loaded.items()}, extra)
         assert loaded["one"] is loaded["again"]
+
+    def test_a_conjugate_is_not_taken_for_the_tensor_whose_memory_it_shares(self, tmp_path: Path):
+        """It came back as that tensor: the sign of its imaginary part was lost."""
+        x = randn(3, 2).to(torch.complex64) * (1 + 2j)
+        extra = {"x": x, "conjugate": x.conj(), "imag": x.imag, "negative": x.conj().imag}
+        checkpoint.save(tmp_path / "run.safetensors", make_state(), **extra)
+        loaded = checkpoint.load(tmp_path / "run.safetensors")[1]
+        assert all(torch.equal(loaded[name], value) for name, value in extra.items())
+        assert not torch.equal(loaded["imag"], loaded["negative"])
 
     def test_saved_tensors_have_names_that_other_readers_understand(self, tmp_path: Path):
         checkpoint.save(tmp_path / "run.safetensors", make_state())
@@ -286,8 +335,13 @@ class TestSaveRefusals:
         ("value", "message"),
         [
             ({"a": [1, {2}]}, "extra/a/1 is of type set"),
-            (torch.ones(2).numpy()[0], "extra is of type float32"),
             (torch.ones(2, device="meta"), "extra is a tensor without values"),
+            ({"m": Quantised(torch.ones(2))}, "extra/m is a tensor without .* type Quantised"),
+            (torch.ones(2).to_sparse(), "extra is a tensor without values"),
+            (np.array([1, None]), "extra is of type ndarray"),
+            (np.zeros(2, [("field", "f4")]), "extra is of type ndarray"),
+            (np.zeros(2, [("field", "f4")])[0], "extra is of type void"),
+            ([np.ma.array([1.0])], "extra/0 is of type MaskedArray"),
         ],
     )
     def test_what_cannot_be_saved_is_named_and_the_old_file_stays(

@@ -1,11 +1,68 @@
-"""Counts of values."""
+"""The leaves that train, and counts of values."""
 
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tensordict import TensorDict
 from torch import nn
 
 import rosa_func
-from models import seeded, tiny_gpt2
+from models import randn, seeded, tiny_gpt2, two_layers
+from references import dense_weights
+from rosa_func.weight.layout import leaves
+
+
+@pytest.mark.parametrize("left_out", ["input", "output", "full"])
+def test_parameters_are_what_groups_chose(left_out: str):
+    """Clipped by `parameters`, the norm grew at each step of one batch: 5.6, 9.6, 16.7, 24.2."""
+    model, x = two_layers(), randn(3, 6)
+    state = rosa_func.init(model, 2, train="*.bias")
+    groups = rosa_func.optim.groups(state, **{left_out: None})
+    chosen = [leaf for group in groups for leaf in group["params"]]
+    flags = {name: leaf.requires_grad for name, leaf in leaves(state).items()}
+    optimizer = torch.optim.SGD(groups, 1e-3)
+    for _ in range(4):
+        optimizer.zero_grad()
+        rosa_func.call(model, state, x).square().sum().backward()
+        norm = torch.nn.utils.clip_grad_norm_(rosa_func.parameters(state), 1e9)
+        output = torch.func.functional_call(model, dense_weights(state), (x,))
+        gradients = torch.autograd.grad(output.square().sum(), chosen)
+        expected = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+        torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
+        optimizer.step()
+    named = rosa_func.named_parameters(state)
+    assert {id(leaf) for leaf in named.values()} == set(map(id, chosen))
+    assert {name: leaf.requires_grad for name, leaf in leaves(state).items()} == flags
+    rosa_func.optim.groups(state)
+    assert len(rosa_func.parameters(state)) == len(flags)  # chosen again
+
+
+COPIES: dict[str, Callable[[TensorDict], TensorDict]] = {
+    "clone": lambda state: state.clone(),
+    "deepcopy": copy.deepcopy,
+    "to": lambda state: state.to(torch.float64),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_that_is_no_leaf_says_how_to_make_one(how: str):
+    """`parameters` of a copy was silent, and the optimizer refused it later."""
+    state = rosa_func.init(two_layers(), 2)
+    assert rosa_func.parameters(COPIES[how](state))  # before there is a gradient
+    rosa_func.parameters(state)
+    copied = COPIES[how](state)
+    for function in (rosa_func.parameters, rosa_func.named_parameters):
+        with pytest.raises(ValueError, match=r"0\.weight\.A is not a leaf.*detach\(\)\.clone\(\)"):
+            function(copied)
+    assert not any(leaf.is_leaf for leaf in leaves(copied).values())
+    own = COPIES[how](state.detach()).clone()
+    torch.optim.SGD(rosa_func.parameters(own), 0.1)
+    pointers = [leaf.data_ptr() for leaf in rosa_func.parameters(own)]
+    assert not set(pointers) & {leaf.data_ptr() for leaf in rosa_func.parameters(state)}
 
 
 @given(m=st.integers(1, 20), n=st.integers(1, 20), data=st.data())

@@ -4,8 +4,10 @@ import hashlib
 import json
 import math
 from collections import Counter, OrderedDict
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
@@ -18,8 +20,8 @@ _MAPPINGS = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
 def flatten(value: Any) -> tuple[str, dict[str, Tensor]]:
     """Return the structure as JSON text and the tensors by their paths, each stored once.
 
-    Raises a TypeError that names the path of what is neither a tensor, a number, a string, None,
-    nor a list, tuple, mapping or TensorDict of these.
+    Raises a TypeError that names the path of what is neither a tensor, an array, a number, a
+    string, a Path, None, nor a list, tuple, mapping or TensorDict of these.
     """
     tensors: dict[str, Tensor] = {}
     names: dict[Any, str] = {}
@@ -33,6 +35,17 @@ def flatten(value: Any) -> tuple[str, dict[str, Tensor]]:
             return [encode(item, f"{path}/{i}") for i, item in enumerate(value)]
         if type(value) is tuple:
             return {"tuple": [encode(item, f"{path}/{i}") for i, item in enumerate(value)]}
+        if type(value) is torch.Size:
+            return {"Size": list(value)}
+        if type(value) is type(Path()):
+            return {"Path": str(value)}
+        if isinstance(value, np.generic) and _is_flat(value.dtype):
+            return {"scalar": [value.dtype.str, value.tobytes().hex()]}
+        if type(value) is np.ndarray and _is_flat(value.dtype):
+            # As bytes, since torch lacks some of numpy's dtypes.
+            data = np.array(value, order="C").reshape(-1).view(np.uint8)
+            name = store(torch.from_numpy(data), path)
+            return {"array": [value.dtype.str, list(value.shape), name]}
         if isinstance(value, Tensor):
             return {"tensor": store(value, path)}
         if isinstance(value, TensorDictBase):
@@ -41,8 +54,9 @@ def flatten(value: Any) -> tuple[str, dict[str, Tensor]]:
             if type(value) is mapping:
                 return {tag: pairs(value.items(), path)}
         raise TypeError(
-            f"{path} is of type {type(value).__name__}, which cannot be saved: pass tensors, "
-            "numbers and strings, None, and lists, tuples, dicts or TensorDicts of them"
+            f"{path} is of type {type(value).__name__}, which cannot be saved: pass tensors, numpy "
+            "arrays of numbers or strings, numbers, strings, paths, None, and lists, tuples, dicts "
+            "or TensorDicts of them"
         )
 
     def pairs(items: Any, path: str) -> list[Any]:
@@ -52,15 +66,21 @@ def flatten(value: Any) -> tuple[str, dict[str, Tensor]]:
         ]
 
     def store(tensor: Tensor, path: str) -> str:
-        if tensor.is_meta or tensor.layout != torch.strided:
-            raise TypeError(f"{path} is a tensor without values of its own (meta or sparse)")
+        is_wrapper = hasattr(tensor, "__tensor_flatten__")  # torchao's, DTensor
+        has_values = not (tensor.is_meta or tensor.is_quantized or tensor.is_nested or is_wrapper)
+        if not has_values or tensor.layout != torch.strided:
+            raise TypeError(
+                f"{path} is a tensor without values of its own (meta, sparse, nested, quantised "
+                f"or a wrapper, of type {type(tensor).__name__}): pass plain tensors"
+            )
+        tensor = tensor.detach().resolve_conj().resolve_neg()
         # One entry for the same memory seen the same way: states often share frozen tensors.
         memory = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
         key = (*memory, tensor.shape, tensor.stride(), tensor.dtype) if memory[0] else len(names)
         if key not in names:
             taken = path in tensors or path == "__metadata__"  # the format's own key
             names[key] = f"{path}#{len(tensors)}" if taken else path
-            tensors[names[key]] = tensor.detach()
+            tensors[names[key]] = tensor
         return names[key]
 
     return json.dumps(encode(value, "")), tensors
@@ -83,12 +103,26 @@ def unflatten(text: str, tensors: dict[str, Tensor]) -> Any:
             return tuple(decode(item) for item in content)
         if tag == "tensor":
             return tensors[content]
+        if tag == "Size":
+            return torch.Size(content)
+        if tag == "Path":
+            return Path(content)
+        if tag == "scalar":
+            return np.ndarray((), content[0], bytes.fromhex(content[1]))[()]
+        if tag == "array":
+            dtype, shape, name = content
+            return np.ndarray(shape, dtype, tensors[name].numpy())
         return _MAPPINGS[tag](mapping(content))
 
     def mapping(content: Any) -> dict[Any, Any]:
         return {decode(key): decode(item) for key, item in content}
 
     return decode(json.loads(text))
+
+
+def _is_flat(dtype: "np.dtype[Any]") -> bool:
+    """Return whether the bytes of an array are all of it: no Python objects, and no fields."""
+    return not dtype.hasobject and dtype.fields is None and dtype.subdtype is None
 
 
 def digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
