@@ -34,7 +34,8 @@ def init(
 
     The model is read, never written. The state shares the storage of every tensor that is not
     adapted (and of the adapted ones with `samplers.lora` and `samplers.additive`, where R = W);
-    tensors in `train` are cloned.
+    tensors in `train` are cloned, in float32 where the model has 16 bits: they are cast to the
+    model's dtype in each forward pass, and rounded once in `merge`.
 
     A convolution's weight counts as m x (the rest). Any other weight of three or more dimensions is
     a batch of matrices, such as the experts of a layer: each has factors of its own,
@@ -43,7 +44,7 @@ def init(
 
     Args:
         model: any `nn.Module` with its weights in float16, bfloat16, float32 or float64. The
-            factors of a 16-bit weight are float32.
+            factors of a 16-bit weight are float32, and so is what trains in full.
         r: the rank: an int, a fraction of min(m, n) in (0, 1) (rounded down, at least 1), or a
             mapping from patterns to either, of which the first match counts. It may be left out
             where nothing is adapted.
@@ -64,9 +65,10 @@ def init(
 
     Returns:
         A TensorDict with the entries `frozen` {name: tensor}, `trainable` {name: {A, B} or
-        tensor}, `input_dim` {name: 0 or 1, or -2 or -1 for a batch}, and `compensation`
-        {name: tensor} where kept (without elements while nothing was lost). No leaf requires a
-        gradient: see `parameters`.
+        tensor}, `input_dim` {name: 0 or 1, or -2 or -1 for a batch}, `compensation`
+        {name: tensor} where kept (without elements while nothing was lost), and `model_dtype`
+        {name: tensor without elements} of what trains in full in another dtype than the model's.
+        No leaf requires a gradient: see `parameters`.
 
     Raises:
         ValueError: for a rank out of range, a pattern without a match, a weight both adapted and
@@ -118,14 +120,19 @@ def split_all(
         how = Draw(name, r, sampler, input_dim, generator, kept)
         return draw(how, W, Dense(W))
 
-    full = {name: load(name).clone() for name in plan.full}
+    full, dtypes = {}, {}
+    for name in plan.full:
+        tensor = load(name)
+        full[name] = tensor.to(rounding.factor_dtype(tensor.dtype), copy=True)
+        if full[name].dtype != tensor.dtype:
+            dtypes[name] = tensor.dtype
     weights = draw_all(drawn, plan.adapted, full)
     frozen = {
         name: weights[name] if name in weights else load(name)
         for name in plan.names
         if name not in full
     }
-    return write(Parts(frozen, full))
+    return write(Parts(frozen, full, dtypes))
 
 
 def resample(
@@ -201,7 +208,7 @@ def resample(
 
     full = {name: value.detach().clone() for name, value in parts.full.items()}
     weights = draw_all(redrawn, adapted, full)
-    return write(Parts({**parts.frozen, **weights}, full))
+    return write(parts._replace(frozen={**parts.frozen, **weights}, full=full))
 
 
 def merge(state: TensorDict) -> dict[str, Tensor]:
@@ -237,7 +244,7 @@ def merge(state: TensorDict) -> dict[str, Tensor]:
 
     dense = dict(zip(adapted, map_weights(merged, adapted), strict=True))
     rest = {name: t.detach() for name, t in parts.frozen.items() if isinstance(t, Tensor)}
-    full = {name: value.detach() for name, value in parts.full.items()}
+    full = {name: value.detach() for name, value in parts.rounded().items()}
     return {name: dense[name] if name in dense else rest[name] for name in parts.frozen} | full
 
 
