@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ __all__ = [
     "is_autocast",
     "is_eager",
     "is_old_dynamo",
+    "move",
+    "move_by",
     "operator_name",
     "own_buffers",
     "own_modules",
@@ -82,6 +85,19 @@ def is_autocast(device: torch.device) -> bool:
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which products have the dtype of what is multiplied."""
     return torch.autocast(device.type, enabled=False) if is_autocast(device) else nullcontext()
+
+
+def move(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Do to a module's tensors what fn does: that is how modules are moved and cast."""
+    module._apply(fn)  # type: ignore[no-untyped-call]
+
+
+def move_by(module: nn.Module, function: Callable[..., nn.Module]) -> None:
+    """Let function(module, fn, recurse=True) do what `move` does, for this module alone.
+
+    A partial function is copied and pickled with its module.
+    """
+    vars(module)["_apply"] = partial(function, module)
 
 
 def own_parameters(module: nn.Module) -> dict[str, Tensor | None]:

@@ -54,7 +54,8 @@ def init_from(
         dtype: of the floating-point weights; None for that of the files.
 
     Returns:
-        The weightless model, in eval mode, to be passed to `call`, and the state.
+        The weightless model, in eval mode, to be passed to `call`, and the state, both on the CPU:
+        `model, state = model.to(device), state.to(device)` moves them.
 
     Raises:
         FileNotFoundError: if the folder lacks one of the files.
