@@ -13,12 +13,14 @@ from torch.nn.modules.conv import _ConvNd as Convolution
 from torch.utils._pytree import tree_map
 
 __all__ = [
+    "FOLLOWS_PARAMETERS_OF_A_SUBCLASS",
     "GROUPED_PRODUCTS",
     "Convolution",
     "are_transforms_off",
     "is_autocast",
     "is_eager",
     "is_old_dynamo",
+    "is_wrapper",
     "move",
     "move_by",
     "operator_name",
@@ -33,8 +35,11 @@ __all__ = [
 ]
 
 
+_VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 # Tried: 2.6 and 2.8, which do not follow all, and 2.11, 2.13 and 2.14, which do.
-_HAS_OLD_DYNAMO = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
+_HAS_OLD_DYNAMO = _VERSION < (2, 11)
+# A compiler of torch 2.6 cannot; one of 2.8 can.
+FOLLOWS_PARAMETERS_OF_A_SUBCLASS = _VERSION >= (2, 8)
 
 # Products of groups of rows with a matrix each, under the names of this torch.
 GROUPED_PRODUCTS: list[Callable[..., Tensor]] = [
@@ -67,6 +72,11 @@ def is_old_dynamo() -> bool:
 def are_transforms_off() -> bool:
     """Return False inside a transform of torch.func or forward-mode derivatives."""
     return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Return whether a tensor has no memory of its own, but is made of other tensors."""
+    return hasattr(tensor, "__tensor_flatten__")
 
 
 def version(tensor: Tensor) -> int:

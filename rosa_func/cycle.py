@@ -67,15 +67,16 @@ def init(
         A TensorDict with the entries `frozen` {name: tensor}, `trainable` {name: {A, B} or
         tensor}, `input_dim` {name: 0 or 1, or -2 or -1 for a batch}, `compensation`
         {name: tensor} where kept (without elements while nothing was lost), and `model_dtype`
-        {name: tensor without elements} of what trains in full in another dtype than the model's.
+        {name: zero} of what trains in full in another dtype than the model's, of that dtype.
         No leaf requires a gradient: see `parameters`.
 
     Raises:
         ValueError: for a rank out of range, a pattern without a match, a weight both adapted and
-            in `train`, non-finite or meta weights, `max_norm` embeddings, nothing to train, or a
-            decomposition that does not converge.
+            in `train`, non-finite or meta weights, `max_norm` embeddings, 16-bit ones with sparse
+            gradients in `train`, nothing to train, or a decomposition that does not converge.
         TypeError: for a model, rank, key, sampler, pattern, `exact` or weight of the wrong type
-            or dtype, or a model with adapters of peft in it.
+            or dtype, a model with adapters of peft or 8-bit layers of bitsandbytes in it, or a
+            quantised or sharded tensor in `targets` or `train` (elsewhere it stays as it is).
 
     Warns:
         UserWarning: if a task head would stay frozen at its random start, or the default targets
@@ -94,8 +95,10 @@ def init(
     """
     tensors = modules.tensors(model)
     modules.refuse_meta(model)
+    modules.refuse_int8(model)
     check_options(key, sampler, exact)
     plan = targeting.plan(model, r, targets, train)
+    modules.refuse_sparse_gradients(model, plan.full)
     return split_all(plan, tensors.__getitem__, key=key, sampler=sampler, exact=exact)
 
 
@@ -115,6 +118,7 @@ def split_all(
     def drawn(name: str) -> Weight:
         W, (r, input_dim) = load(name), plan.adapted[name]
         targeting.refuse_dtype(name, W)  # what a file holds need not be what its config says
+        modules.refuse_wrapper(name, W)
         kept = rounding.compensation_dtype(W.dtype, exact)
         generator = partial(keys.generator, key, "init", name)
         how = Draw(name, r, sampler, input_dim, generator, kept)
@@ -123,6 +127,7 @@ def split_all(
     full, dtypes = {}, {}
     for name in plan.full:
         tensor = load(name)
+        modules.refuse_wrapper(name, tensor)
         full[name] = tensor.to(rounding.factor_dtype(tensor.dtype), copy=True)
         if full[name].dtype != tensor.dtype:
             dtypes[name] = tensor.dtype

@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rosa_func._torch import (
+    FOLLOWS_PARAMETERS_OF_A_SUBCLASS,
+    is_wrapper,
     move,
     move_by,
     own_buffers,
@@ -86,6 +88,40 @@ def refuse_meta(model: nn.Module) -> None:
         raise ValueError(f"{some(meta)} is on the meta device: load the weights first")
 
 
+def refuse_int8(model: nn.Module) -> None:
+    """Refuse weights whose layer reads what no state holds: a state is made of tensors alone."""
+    for name, p in model.named_parameters():
+        if type(p).__name__ == "Int8Params":
+            raise TypeError(
+                f"{name} is an Int8Params of bitsandbytes, whose layer reads more of it than its "
+                "values: load the model without load_in_8bit (layers in 4 bits may stay frozen "
+                "beside adapted ones)"
+            )
+
+
+def refuse_wrapper(name: str, tensor: Tensor) -> None:
+    """Refuse to split or train a tensor that is made of others."""
+    if is_wrapper(tensor):
+        raise TypeError(
+            f"{name} is of type {type(tensor).__name__}, a tensor made of others (quantised or "
+            "sharded): it can stay frozen, but be neither adapted nor trained in full; name others "
+            "in targets and train, or load the model without it"
+        )
+
+
+def refuse_sparse_gradients(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse 16-bit embeddings that are trained in full and ask for sparse gradients."""
+    own = parameters(model)
+    for name in names:
+        p = own[name]
+        is_sparse = any(getattr(owner, "sparse", False) is True for owner in p.owners)
+        if is_sparse and p.value.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"{name} is the {p.value.dtype} weight of an embedding with sparse=True, and it is "
+                "trained as a float32 tensor, whose gradient is dense: set sparse=False"
+            )
+
+
 def some(names: list[str]) -> str:
     """Name the first three."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -103,7 +139,8 @@ def skeleton(model: nn.Module) -> nn.Module:
         model, state = model.to(device), state.to(device)
 
     Of a skeleton that moves the buffers. Its parameters stay on the meta device; their `device`,
-    and so `model.device` of transformers, is the one to which it was moved, at first the model's.
+    and so `model.device` of transformers, is the one to which it was moved, at first the model's
+    (from torch 2.8 on; before, it is meta).
 
     Args:
         model: any `nn.Module`.
@@ -144,6 +181,11 @@ def _copied(
     # stand-in for a tensor under several names keeps the tie.
     stand_ins: dict[int, Any] = {id(p): parameters[name] for name, p in model.named_parameters()}
     stand_ins |= {id(buffer): buffers[name] for name, buffer in persistent_buffers(model)}
+    # What a forward pass left in a module, such as the weight of a pruned layer: without its graph.
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                stand_ins[id(value)] = value.detach().clone()
     return copy.deepcopy(model, stand_ins)
 
 
@@ -173,10 +215,13 @@ def _at(place: torch.device, data: Tensor, requires_grad: bool) -> Weightless:
     return parameter
 
 
-def _weightless(p: nn.Parameter) -> Weightless:
+def _weightless(p: nn.Parameter) -> nn.Parameter:
     """Return what stands for a parameter. One that has no device yet will come from a file."""
+    data = p.detach().to("meta")
+    if not FOLLOWS_PARAMETERS_OF_A_SUBCLASS:
+        return nn.Parameter(data, p.requires_grad)
     place = torch.device("cpu") if p.device.type == "meta" else p.device
-    return _at(place, p.detach().to("meta"), p.requires_grad)
+    return _at(place, data, p.requires_grad)
 
 
 def _move(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

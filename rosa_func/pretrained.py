@@ -97,6 +97,7 @@ def init_from(
             return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
         plan = targeting.plan(model, r, targets, train)
+        modules.refuse_sparse_gradients(model, plan.full)
         return model, split_all(plan, read, key=key, sampler=sampler, exact=exact)
 
 

@@ -270,6 +270,7 @@ def test_a_skeleton_moves_and_is_cast_as_a_model(name):
     assert model_snapshot(case.model) == before
 
 
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="its compiler knows no such parameters")
 def test_a_skeleton_says_on_which_device_it_computes(tmp_path):
     """`inputs.to(model.device)` moved them to the meta device, where they lost their values."""
     model = stock_model("llama").model

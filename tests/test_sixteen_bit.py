@@ -170,7 +170,7 @@ class TestTensorsTrainedInFull:
 
     def test_nothing_of_them_is_kept_twice(self, dtype: torch.dtype):
         model, state = trained_in_full(dtype)
-        assert sum(like.numel() for like in state["model_dtype"].values()) == 0
+        assert all(like.shape == () for like in state["model_dtype"].values())
         assert not state["frozen"].keys() & state["model_dtype"].keys()
         counted = rosa_func.count(state)
         assert counted.total == sum(p.numel() for p in model.parameters())
@@ -203,7 +203,8 @@ class TestTensorsTrainedInFull:
         module.load_state_dict(RosaModule(model, state).state_dict())
         digest, ids = rosa_func.checkpoint.digest, token_ids(4, 8)
         expected = rosa_func.call(model, state, ids).logits
-        for other in (loaded, module.state, state.clone()):
+        mapped = TensorDict.load_memmap(state.memmap(str(tmp_path / "mapped")).saved_path)
+        for other in (loaded, module.state, state.clone(), mapped):
             assert digest(other) == digest(state)
             assert torch.equal(rosa_func.call(model, other, ids).logits, expected)
         module.resample(1)
@@ -217,9 +218,9 @@ class TestTensorsTrainedInFull:
         loss_of(model, state, ids).backward()
         for name in state["model_dtype"].keys():
             assert found[name].dtype == torch.float32
-            # A tied weight's two gradients are added in 16 bits, in another order.
+            # Some ten layers round to 16 bits, not all in the same order.
             expected = parameters[name].grad
-            assert relative_distance(found[name], expected) <= 2 * torch.finfo(dtype).eps
+            assert relative_distance(found[name], expected) <= 10 * torch.finfo(dtype).eps
 
     def test_a_state_that_is_cast_as_a_whole_stays_of_one_piece(self, dtype: torch.dtype):
         _, state = trained_in_full(dtype)

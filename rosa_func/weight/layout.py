@@ -5,8 +5,8 @@ trainable     {name: TensorDict of the fields of the terms that train}, or a pla
 input_dim     {name: the dimension that meets the input}
 fixed         {name: TensorDict of the fields of the terms that do not train}, where there are
 compensation  {name: what rounding took from the residual}, where it is kept
-model_dtype   {name: a tensor without elements, of the model's dtype}, for each tensor that is
-              trained in full in another dtype (float32, where the model has 16 bits)
+model_dtype   {name: a zero of the model's dtype}, for each tensor that is trained in full in
+              another dtype: in float32, where the model has 16 bits
 """
 
 from collections.abc import Mapping
@@ -130,7 +130,8 @@ def write(parts: Parts) -> TensorDict:
         branches["compensation"] = compensation
     if parts.dtypes:
         branches["model_dtype"] = {
-            name: parts.full[name].new_empty(0, dtype=dtype) for name, dtype in parts.dtypes.items()
+            name: parts.full[name].new_zeros((), dtype=dtype)
+            for name, dtype in parts.dtypes.items()
         }
     return TensorDict({branch: TensorDict(values) for branch, values in branches.items()})
 
