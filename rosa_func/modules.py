@@ -229,10 +229,12 @@ def _move(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tru
     for child in module.children() if recurse else ():
         move(child, fn)
     for parameter in own_parameters(module).values():
-        if isinstance(parameter, Weightless):
-            moved = fn(torch.empty(0, dtype=parameter.dtype, device=parameter.place))
-            parameter.place = moved.device
+        if parameter is not None and parameter.is_meta:
+            place = getattr(parameter, "place", None)
+            moved = fn(torch.empty(0, dtype=parameter.dtype, device=place))
             parameter.data = parameter.data.to(moved.dtype)
+            if isinstance(parameter, Weightless):
+                parameter.place = moved.device
     buffers = own_buffers(module)
     for name, buffer in buffers.items():
         if buffer is not None and not buffer.is_meta:

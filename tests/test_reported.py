@@ -250,13 +250,3 @@ def test_a_16_bit_embedding_with_sparse_gradients_is_not_trained_in_full():
     (W,) = rosa_func.parameters(state)
     rosa_func.call(embedding, state, torch.tensor([1, 2])).sum().backward()
     assert W.grad.is_sparse
-
-
-def test_all_of_a_state_is_on_the_device_of_the_model_whatever_the_default_is():
-    """Of a model on another device, `input_dim` alone was on the default device."""
-    model = two_layers()
-    with torch.device("meta"):
-        state = rosa_func.init(model, 2, train="2.bias", exact=True)
-        state = rosa_func.resample(state, 1)
-    assert {str(tensor.device) for tensor in state.values(True, True)} == {"cpu"}
-    assert rosa_func.count(state).total == 24 + 4 + 32 + 8
