@@ -51,7 +51,7 @@ class Parts(NamedTuple):
     def rounded(self) -> dict[str, Tensor]:
         """Return the tensors that are trained in full in the model's dtypes, differentiably."""
         cast = {name: self.full[name].to(dtype) for name, dtype in self.dtypes.items()}
-        return self.full | cast
+        return {**self.full, **cast}
 
 
 def read(state: TensorDict) -> Parts:
