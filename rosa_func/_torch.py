@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd as Convolution
 from torch.utils._pytree import tree_map
 
 __all__ = [
+    "FOLLOWS_PARAMETERS_OF_A_SUBCLASS",
     "FORWARD_TABLES",
     "GROUPED_PRODUCTS",
     "STATE_DICT_HOOKS",
@@ -21,6 +23,9 @@ __all__ = [
     "is_autocast",
     "is_eager",
     "is_old_dynamo",
+    "is_wrapper",
+    "move",
+    "move_by",
     "operator_name",
     "own_buffers",
     "own_hooks",
@@ -34,8 +39,11 @@ __all__ = [
 ]
 
 
+_VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 # Tried: 2.6 and 2.8, which do not follow all, and 2.11, 2.13 and 2.14, which do.
-_HAS_OLD_DYNAMO = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
+_HAS_OLD_DYNAMO = _VERSION < (2, 11)
+# A compiler of torch 2.6 cannot; one of 2.8 can.
+FOLLOWS_PARAMETERS_OF_A_SUBCLASS = _VERSION >= (2, 8)
 
 # Products of groups of rows with a matrix each, under the names of this torch.
 GROUPED_PRODUCTS: list[Callable[..., Tensor]] = [
@@ -70,6 +78,11 @@ def are_transforms_off() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
 
 
+def is_wrapper(tensor: Tensor) -> bool:
+    """Return whether a tensor has no memory of its own, but is made of other tensors."""
+    return hasattr(tensor, "__tensor_flatten__")
+
+
 def version(tensor: Tensor) -> int:
     """Return how often a tensor was written to, as far as torch counts that."""
     return 0 if tensor.is_inference() else tensor._version
@@ -86,6 +99,19 @@ def is_autocast(device: torch.device) -> bool:
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which products have the dtype of what is multiplied."""
     return torch.autocast(device.type, enabled=False) if is_autocast(device) else nullcontext()
+
+
+def move(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Do to a module's tensors what fn does: that is how modules are moved and cast."""
+    module._apply(fn)  # type: ignore[no-untyped-call]
+
+
+def move_by(module: nn.Module, function: Callable[..., nn.Module]) -> None:
+    """Let function(module, fn, recurse=True) do what `move` does, for this module alone.
+
+    A partial function is copied and pickled with its module.
+    """
+    vars(module)["_apply"] = partial(function, module)
 
 
 def own_parameters(module: nn.Module) -> dict[str, Tensor | None]:

@@ -122,7 +122,8 @@ def delta(
 
     Returns:
         A TensorDict with the entries `change` {name: {A: m x k, B: k x n}}, `full`
-        {name: tensor} of the tensors trained in full, and `error` {name: |E| / |W|, float64}.
+        {name: tensor} of those trained in full that changed, in the model's dtypes, and `error`
+        {name: |E| / |W|, float64}.
         `checkpoint.save` takes it as it takes a state.
 
     Raises:
@@ -160,7 +161,8 @@ def delta(
         return factored(D, W.norm(dim=(-2, -1)), tol=tol, rank=rank, dtype=dtype)
 
     changes = dict(zip(adapted, map_weights(changed, adapted), strict=True))
-    rest = {name: t for name, t in parts.frozen.items() if isinstance(t, Tensor)} | parts.full
+    rest = {name: t for name, t in parts.frozen.items() if isinstance(t, Tensor)}
+    rest |= parts.rounded()
     entries: dict[str, dict[str, Any]] = {
         "change": {name: {"A": change.A, "B": change.B} for name, change in changes.items()},
         "full": {

@@ -35,7 +35,8 @@ def init(
 
     The model is read, never written. The state shares the storage of every tensor that is not
     adapted (and of the adapted ones with `samplers.lora` and `samplers.additive`, where R = W);
-    tensors in `train` are cloned.
+    tensors in `train` are cloned, in float32 where the model has 16 bits: they are cast to the
+    model's dtype in each forward pass, and rounded once in `merge`.
 
     A convolution's weight counts as m x (the rest). Any other weight of three or more dimensions is
     a batch of matrices, such as the experts of a layer: each has factors of its own,
@@ -44,7 +45,7 @@ def init(
 
     Args:
         model: any `nn.Module` with its weights in float16, bfloat16, float32 or float64. The
-            factors of a 16-bit weight are float32.
+            factors of a 16-bit weight are float32, and so is what trains in full.
         r: the rank: an int, a fraction of min(m, n) in (0, 1) (rounded down, at least 1), or a
             mapping from patterns to either, of which the first match counts. It may be left out
             where nothing is adapted.
@@ -69,16 +70,18 @@ def init(
 
     Returns:
         A TensorDict with the entries `frozen` {name: tensor}, `trainable` {name: {A, B} or
-        tensor}, `input_dim` {name: 0 or 1, or -2 or -1 for a batch}, and `compensation`
-        {name: tensor} where kept (without elements while nothing was lost). No leaf requires a
-        gradient: see `parameters`.
+        tensor}, `input_dim` {name: 0 or 1, or -2 or -1 for a batch}, `compensation`
+        {name: tensor} where kept (without elements while nothing was lost), and `model_dtype`
+        {name: zero} of what trains in full in another dtype than the model's, of that dtype.
+        No leaf requires a gradient: see `parameters`.
 
     Raises:
         ValueError: for a rank out of range, a pattern without a match, a weight both adapted and
-            in `train`, non-finite or meta weights, `max_norm` embeddings, nothing to train, or a
-            decomposition that does not converge.
+            in `train`, non-finite or meta weights, `max_norm` embeddings, 16-bit ones with sparse
+            gradients in `train`, nothing to train, or a decomposition that does not converge.
         TypeError: for a model, rank, key, sampler, pattern, `exact` or weight of the wrong type
-            or dtype, or a model with adapters of peft in it.
+            or dtype, a model with adapters of peft or 8-bit layers of bitsandbytes in it, or a
+            quantised or sharded tensor in `targets` or `train` (elsewhere it stays as it is).
 
     Warns:
         UserWarning: if a task head would stay frozen at its random start, or the default targets
@@ -97,8 +100,10 @@ def init(
     """
     tensors = modules.tensors(model)
     modules.refuse_meta(model)
+    modules.refuse_int8(model)
     check_options(key, sampler, exact)
     plan = targeting.plan(model, r, targets, train, exclude)
+    modules.refuse_sparse_gradients(model, plan.full)
     return split_all(plan, tensors.__getitem__, key=key, sampler=sampler, exact=exact)
 
 
@@ -118,19 +123,26 @@ def split_all(
     def drawn(name: str) -> Weight:
         W, (r, input_dim) = load(name), plan.adapted[name]
         targeting.refuse_dtype(name, W)  # what a file holds need not be what its config says
+        modules.refuse_wrapper(name, W)
         kept = rounding.compensation_dtype(W.dtype, exact)
         generator = partial(keys.generator, key, "init", name)
         how = Draw(name, r, sampler, input_dim, generator, kept)
         return draw(how, W, Dense(W))
 
-    full = {name: load(name).clone() for name in plan.full}
+    full, dtypes = {}, {}
+    for name in plan.full:
+        tensor = load(name)
+        modules.refuse_wrapper(name, tensor)
+        full[name] = tensor.to(rounding.factor_dtype(tensor.dtype), copy=True)
+        if full[name].dtype != tensor.dtype:
+            dtypes[name] = tensor.dtype
     weights = draw_all(drawn, plan.adapted, full)
     frozen = {
         name: weights[name] if name in weights else load(name)
         for name in plan.names
         if name not in full
     }
-    return write(Parts(frozen, full))
+    return write(Parts(frozen, full, dtypes))
 
 
 def resample(
@@ -206,7 +218,7 @@ def resample(
 
     full = {name: value.detach().clone() for name, value in parts.full.items()}
     weights = draw_all(redrawn, adapted, full)
-    return write(Parts({**parts.frozen, **weights}, full))
+    return write(parts._replace(frozen={**parts.frozen, **weights}, full=full))
 
 
 def merge(state: TensorDict) -> dict[str, Tensor]:
@@ -242,7 +254,7 @@ def merge(state: TensorDict) -> dict[str, Tensor]:
 
     dense = dict(zip(adapted, map_weights(merged, adapted), strict=True))
     rest = {name: t.detach() for name, t in parts.frozen.items() if isinstance(t, Tensor)}
-    full = {name: value.detach() for name, value in parts.full.items()}
+    full = {name: value.detach() for name, value in parts.rounded().items()}
     return {name: dense[name] if name in dense else rest[name] for name in parts.frozen} | full
 
 

@@ -85,7 +85,7 @@ def resample(
     new |= {path: tensor.clone() for path, tensor in given.items() if not is_drawn(path)}
     drawn = read(from_entries(new)).adapted()
     full = {name: value.detach().clone() for name, value in parts.full.items()}
-    return write(Parts({**parts.frozen, **drawn}, full))
+    return write(parts._replace(frozen={**parts.frozen, **drawn}, full=full))
 
 
 def check_equal(state: TensorDict, group: dist.ProcessGroup | None = None) -> str:

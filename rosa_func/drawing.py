@@ -72,7 +72,8 @@ def draw(
             f"the residual of {how.name} is beyond float16's largest value, 65504; use bfloat16"
         )
     restarted = tuple(term.restarted() for term in terms if term.restarted is not None)
-    return Weight(base, (factors, *restarted), torch.tensor(how.input_dim), lost)
+    input_dim = torch.tensor(how.input_dim, device=W.device)  # where all of the weight is
+    return Weight(base, (factors, *restarted), input_dim, lost)
 
 
 def draw_all(

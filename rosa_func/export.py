@@ -14,7 +14,7 @@ from rosa_func.files.peft_reading import read_change
 from rosa_func.files.peft_writing import adapter
 from rosa_func.forward import check_fit
 from rosa_func.modules import with_tensors
-from rosa_func.weight import Parts, read, write
+from rosa_func.weight import read, write
 from rosa_func.weight.low_rank import LowRank, low_rank
 
 
@@ -161,4 +161,4 @@ def from_peft(model: nn.Module, path: str | os.PathLike[str]) -> TensorDict:
         if name in whole and isinstance(like, Tensor)
     }
     full = {name: whole[name].to(value, copy=True) for name, value in start.full.items()}
-    return write(Parts(frozen, full))
+    return write(start._replace(frozen=frozen, full=full))

@@ -191,7 +191,7 @@ def _fit(model: nn.Module, shapes: dict[str, torch.Size]) -> dict[str, str]:
 
 
 def _composed(parts: Parts) -> dict[str, Tensor]:
-    return {**parts.frozen, **all_composed(parts.adapted()), **parts.full}  # type: ignore[dict-item]
+    return {**parts.frozen, **all_composed(parts.adapted()), **parts.rounded()}  # type: ignore[dict-item]
 
 
 def _shapes(parts: Parts) -> dict[str, torch.Size]:

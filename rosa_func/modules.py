@@ -2,14 +2,23 @@
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rosa_func._torch import own_modules, own_parameters, own_persistent_buffers
+from rosa_func._torch import (
+    FOLLOWS_PARAMETERS_OF_A_SUBCLASS,
+    is_wrapper,
+    move,
+    move_by,
+    own_buffers,
+    own_modules,
+    own_parameters,
+    own_persistent_buffers,
+)
 from rosa_func.keys import unwrapped_names
 
 
@@ -79,6 +88,40 @@ def refuse_meta(model: nn.Module) -> None:
         raise ValueError(f"{some(meta)} is on the meta device: load the weights first")
 
 
+def refuse_int8(model: nn.Module) -> None:
+    """Refuse weights whose layer reads what no state holds: a state is made of tensors alone."""
+    for name, p in model.named_parameters():
+        if type(p).__name__ == "Int8Params":
+            raise TypeError(
+                f"{name} is an Int8Params of bitsandbytes, whose layer reads more of it than its "
+                "values: load the model without load_in_8bit (layers in 4 bits may stay frozen "
+                "beside adapted ones)"
+            )
+
+
+def refuse_wrapper(name: str, tensor: Tensor) -> None:
+    """Refuse to split or train a tensor that is made of others."""
+    if is_wrapper(tensor):
+        raise TypeError(
+            f"{name} is of type {type(tensor).__name__}, a tensor made of others (quantised or "
+            "sharded): it can stay frozen, but be neither adapted nor trained in full; name others "
+            "in targets and train, or load the model without it"
+        )
+
+
+def refuse_sparse_gradients(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse 16-bit embeddings that are trained in full and ask for sparse gradients."""
+    own = parameters(model)
+    for name in names:
+        p = own[name]
+        is_sparse = any(getattr(owner, "sparse", False) is True for owner in p.owners)
+        if is_sparse and p.value.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"{name} is the {p.value.dtype} weight of an embedding with sparse=True, and it is "
+                "trained as a float32 tensor, whose gradient is dense: set sparse=False"
+            )
+
+
 def some(names: list[str]) -> str:
     """Name the first three."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -91,11 +134,20 @@ def skeleton(model: nn.Module) -> nn.Module:
     buffers, which no state holds, are real. `call(skeleton(model), state, ...)` equals
     `call(model, state, ...)` bit for bit.
 
+    Move it as a model, and the state with it:
+
+        model, state = model.to(device), state.to(device)
+
+    Of a skeleton that moves the buffers. Its parameters stay on the meta device; their `device`,
+    and so `model.device` of transformers, is the one to which it was moved, at first the model's
+    (from torch 2.8 on; before, it is meta).
+
     Args:
         model: any `nn.Module`.
 
     Returns:
-        A module of the same class. To compute with it, pass it to `call` with a state.
+        A module of the same class. To compute with it, pass it to `call` with a state. Its
+        `to_empty` raises a ValueError, since it would fill the buffers with anything.
 
     Example:
         >>> import rosa_func, torch
@@ -106,18 +158,95 @@ def skeleton(model: nn.Module) -> nn.Module:
         >>> torch.equal(rosa_func.call(model, state, x), y)
         True
     """
-    return with_tensors(model, {name: t.to("meta") for name, t in tensors(model).items()})
+    weightless = {name: _weightless(p) for name, p in model.named_parameters()}
+    buffers = {name: buffer.to("meta") for name, buffer in persistent_buffers(model)}
+    copied = _copied(model, weightless, buffers)
+    for module in copied.modules():
+        move_by(module, _move)  # and no subclass does it: the class is the model's
+        vars(module)["to_empty"] = _refuse_to_empty
+    return copied
 
 
 def with_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     """Return a copy of the model with these in the place of its own tensors, ties kept."""
+    named = model.named_parameters()
+    parameters = {name: nn.Parameter(values[name], p.requires_grad) for name, p in named}
+    return _copied(model, parameters, values)
+
+
+def _copied(
+    model: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> nn.Module:
     # deepcopy takes what the memo holds instead of copying it: no weight is ever copied, and one
     # stand-in for a tensor under several names keeps the tie.
-    stand_ins: dict[int, Any] = {
-        id(p): nn.Parameter(values[name], p.requires_grad) for name, p in model.named_parameters()
-    }
-    stand_ins |= {id(buffer): values[name] for name, buffer in persistent_buffers(model)}
+    stand_ins: dict[int, Any] = {id(p): parameters[name] for name, p in model.named_parameters()}
+    stand_ins |= {id(buffer): buffers[name] for name, buffer in persistent_buffers(model)}
+    # What a forward pass left in a module, such as the weight of a pruned layer: without its graph.
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                stand_ins[id(value)] = value.detach().clone()
     return copy.deepcopy(model, stand_ins)
+
+
+class Weightless(nn.Parameter):
+    """A parameter of a skeleton: on the meta device, under the device of what it stands for."""
+
+    place: torch.device
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """The device to which the skeleton was moved."""
+        return self.place
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Weightless":
+        """Copy the place too."""
+        copied = memo[id(self)] = _at(self.place, self.data, self.requires_grad)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle the place too."""
+        return _at, (self.place, self.data, self.requires_grad)
+
+
+def _at(place: torch.device, data: Tensor, requires_grad: bool) -> Weightless:
+    parameter = Weightless(data, requires_grad)
+    parameter.place = place
+    return parameter
+
+
+def _weightless(p: nn.Parameter) -> nn.Parameter:
+    """Return what stands for a parameter. One that has no device yet will come from a file."""
+    data = p.detach().to("meta")
+    if not FOLLOWS_PARAMETERS_OF_A_SUBCLASS:
+        return nn.Parameter(data, p.requires_grad)
+    place = torch.device("cpu") if p.device.type == "meta" else p.device
+    return _at(place, data, p.requires_grad)
+
+
+def _move(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Move or cast a module of a skeleton."""
+    for child in module.children() if recurse else ():
+        move(child, fn)
+    for parameter in own_parameters(module).values():
+        if parameter is not None and parameter.is_meta:
+            place = getattr(parameter, "place", None)
+            moved = fn(torch.empty(0, dtype=parameter.dtype, device=place))
+            parameter.data = parameter.data.to(moved.dtype)
+            if isinstance(parameter, Weightless):
+                parameter.place = moved.device
+    buffers = own_buffers(module)
+    for name, buffer in buffers.items():
+        if buffer is not None and not buffer.is_meta:
+            buffers[name] = fn(buffer)
+    return module
+
+
+def _refuse_to_empty(*_: Any, **__: Any) -> None:
+    raise ValueError(
+        "a skeleton has no weights to fill, and to_empty would fill its buffers with anything: "
+        "move it by model.to(device), and its state by state.to(device)"
+    )
 
 
 def fit(

@@ -57,7 +57,8 @@ def init_from(
         dtype: of the floating-point weights; None for that of the files.
 
     Returns:
-        The weightless model, in eval mode, to be passed to `call`, and the state.
+        The weightless model, in eval mode, to be passed to `call`, and the state, both on the CPU:
+        `model, state = model.to(device), state.to(device)` moves them.
 
     Raises:
         FileNotFoundError: if the folder lacks one of the files, or neither it nor such a repository
@@ -108,6 +109,7 @@ def init_from(
             return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
         plan = targeting.plan(model, r, targets, train, exclude)
+        modules.refuse_sparse_gradients(model, plan.full)
         return model, split_all(plan, read, key=key, sampler=sampler, exact=exact)
 
 

@@ -118,10 +118,14 @@ def unequal(rank: int) -> str:
 
 
 def of_other_parts() -> list[str]:
-    """Return the hashes of a state with toy parts and a batch, resampled together and alone."""
+    """Return the hashes of a state of many parts, resampled together and alone.
+
+    It has toy parts, a batch of matrices, and a 16-bit bias that is trained in full.
+    """
     model = seeded(lambda: torch.nn.Sequential(torch.nn.Linear(6, 5), ExpertsInOneProduct(5, 4)))
+    model[0].bias.data = model[0].bias.data.bfloat16()
     with registered():
-        state = rosa_func.init(model, 2, targets="*weight", exact=True)
+        state = rosa_func.init(model, 2, targets="*weight", train="0.bias", exact=True)
         state = Parts("int8", "scaled and sparse").put_into(state, exact=True)
         together, alone = distributed.resample(state, 1), rosa_func.resample(state, 1)
         return [distributed.check_equal(together), checkpoint.digest(alone)]

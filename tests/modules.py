@@ -1,8 +1,11 @@
 """Small modules that use their weights in other ways than one product or one lookup."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 
 class BilinearOfOneInput(nn.Bilinear):
@@ -75,3 +78,35 @@ class ExpertsInOneProduct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.bmm(x, self.weight)
+
+
+class Coded(Tensor):
+    """A tensor made of two others, W = codes * scale, as quantised weights are."""
+
+    codes: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: Tensor) -> "Coded":
+        made = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
+        made.codes, made.scale = codes, scale
+        return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return cls(args[0].codes, args[0].scale)
+        args = tree_map(lambda t: t.codes * t.scale if isinstance(t, Coded) else t, args)
+        return func(*args, **(kwargs or {}))
+
+
+class LeavesItsSum(nn.Linear):
+    """A layer that leaves what it computed in an attribute, as some leave a loss."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.sum = y.sum()
+        return y

@@ -23,7 +23,8 @@ def dense_weights(state: TensorDict) -> dict[str, Tensor]:
     weights = dict(state["frozen"].items())
     for name, value in state["trainable"].items():
         if isinstance(value, Tensor):
-            weights[name] = value
+            like = state.get("model_dtype", {}).get(name, value)
+            weights[name] = value.to(like.dtype)
             continue
         R, entries = weights[name], dict(value.items())
         W = R if isinstance(R, Tensor) else R["codes"].to(R["scales"].dtype) * R["scales"]

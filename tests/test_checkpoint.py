@@ -336,7 +336,7 @@ class TestSaveRefusals:
         [
             ({"a": [1, {2}]}, "extra/a/1 is of type set"),
             (torch.ones(2, device="meta"), "extra is a tensor without values"),
-            ({"m": Quantised(torch.ones(2))}, "extra/m is a tensor without .* type Quantised"),
+            ({"m": Quantised(torch.ones(2))}, "extra/m is of type Quantised"),
             (torch.ones(2).to_sparse(), "extra is a tensor without values"),
             (np.array([1, None]), "extra is of type ndarray"),
             (np.zeros(2, [("field", "f4")]), "extra is of type ndarray"),

@@ -89,3 +89,30 @@ def test_a_missing_compensation_of_a_float32_weight_in_an_exact_state_is_named()
     del state["compensation", "2.weight"]
     with pytest.raises(KeyError, match=r"compensation of 2\.weight"):
         rosa_func.merge(state)
+
+
+def test_a_state_without_tensors_of_two_dtypes_has_no_entry_for_them():
+    state = rosa_func.init(two_layers(), 2, train="2.bias")
+    assert state.keys() == {"frozen", "trainable", "input_dim"}
+    state = rosa_func.init(two_layers().bfloat16(), 2, exact=False)
+    assert state.keys() == {"frozen", "trainable", "input_dim"}
+
+
+def test_a_model_dtype_of_what_is_not_trained_in_full_is_named():
+    state = rosa_func.init(two_layers().bfloat16(), 2, train="2.bias")
+    del state["trainable", "2.bias"]
+    with pytest.raises(KeyError, match=r"model_dtype of 2\.bias, which is not trained in full"):
+        rosa_func.merge(state)
+
+
+def test_a_state_of_an_earlier_version_trains_16_bit_tensors_as_it_did():
+    """It has no float32 masters, and no entry that says so: what trains is the model's tensor."""
+    model = two_layers().bfloat16()
+    state = rosa_func.init(model, 2, train="2.bias")
+    expected = rosa_func.call(model, state, torch.ones(2, 6).bfloat16())
+    del state["model_dtype"]
+    state["trainable", "2.bias"] = model[2].bias.detach().clone()
+    for old in (state, rosa_func.resample(state, 1)):
+        assert rosa_func.named_parameters(old)["2.bias"].dtype == torch.bfloat16
+        assert torch.equal(rosa_func.merge(old)["2.bias"], model[2].bias)
+    assert torch.equal(rosa_func.call(model, state, torch.ones(2, 6).bfloat16()), expected)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import weakref
 from collections.abc import Iterable
 from itertools import cycle, product
@@ -240,6 +241,57 @@ def test_some_stock_models_have_ties_or_rotary_frequencies():
         stock_model("gpt2-small").model
     )
     assert "model.rotary_emb.inv_freq" in dict(stock_model("llama").model.named_buffers())
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "encoder", "sequential"])
+def test_a_skeleton_moves_and_is_cast_as_a_model(name):
+    """`.to("cpu")` said "use to_empty()", which filled Llama's inv_freq with 6.9e-310, silently."""
+    case = stock_model(name)
+    state = rosa_func.init(case.model, 2)
+    expected = output_of_call(case, state)
+    skeleton = rosa_func.skeleton(case.model)
+    used = ModelCall(skeleton, case.args, case.kwargs)
+    for move in (lambda m: m.to("cpu"), lambda m: m.cpu(), lambda m: m.float()):
+        assert move(skeleton) is skeleton
+        assert torch.equal(output_of_call(used, state), expected)
+    before = model_snapshot(case.model)
+    with pytest.raises(ValueError, match=r"to_empty would fill its buffers.*model\.to\(device\)"):
+        skeleton.to_empty(device="cpu")
+    assert torch.equal(output_of_call(used, state), expected)
+    wide = copy.deepcopy(skeleton).double()
+    assert {p.dtype for p in wide.parameters()} == {torch.float64}
+    assert {p.dtype for p in skeleton.parameters()} == {torch.float32}
+    args = tuple(x.double() if x.is_floating_point() else x for x in case.args)
+    outputs = [
+        output_of_call(ModelCall(model, args, case.kwargs), state.double())
+        for model in (wide, copy.deepcopy(case.model).double())
+    ]
+    assert torch.equal(*outputs)
+    assert model_snapshot(case.model) == before
+
+
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="its compiler knows no such parameters")
+def test_a_skeleton_says_on_which_device_it_computes(tmp_path):
+    """`inputs.to(model.device)` moved them to the meta device, where they lost their values."""
+    model = stock_model("llama").model
+    skeleton = rosa_func.skeleton(model)
+    pickled = pickle.loads(pickle.dumps(skeleton))
+    for same in (skeleton, pickled, copy.deepcopy(skeleton), rosa_func.skeleton(skeleton)):
+        assert same.device == torch.device("cpu")
+        assert all(p.is_meta for p in same.parameters())
+    assert skeleton.to("meta").device == torch.device("meta")
+    assert all(buffer.is_meta for buffer in skeleton.buffers())
+    assert pickled.device == torch.device("cpu")
+    assert not any(buffer.is_meta for buffer in pickled.buffers())
+    pickled.model.layers.to("meta")  # a part of it
+    assert pickled.device == torch.device("cpu")
+    assert {p.device.type for p in pickled.model.layers.parameters()} == {"meta"}
+    model.save_pretrained(tmp_path)
+    loaded, state = rosa_func.init_from(tmp_path, 2)
+    assert loaded.device == torch.device("cpu")
+    ids = token_ids(2, 6)
+    logits = rosa_func.call(loaded, state, ids).logits
+    assert torch.equal(rosa_func.call(loaded.to("cpu"), state.to("cpu"), ids).logits, logits)
 
 
 def test_a_skeleton_without_a_tensor_fails_loudly():

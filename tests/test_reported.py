@@ -6,10 +6,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
 import rosa_func
 from models import randn, seeded, stock_model, tiny_gpt2, token_ids, two_layers
+from modules import Coded, LeavesItsSum
 from references import model_snapshot, perturbed, relative_distance, state_bytes
 from rosa_func import samplers
 
@@ -173,3 +175,78 @@ def test_a_wrong_way_of_giving_a_key_or_a_mask_changes_nothing():
             rosa_func.init(model, 2, **wrong)
     assert model_snapshot(model) == before
     assert rosa_func.call(model, rosa_func.init(model, 2), x).shape[0] == 2
+
+
+def coded_and_dense() -> nn.Sequential:
+    """Return two layers of which the first has a weight that is made of two tensors."""
+    model = two_layers()
+    codes = torch.arange(24).view(4, 6).to(torch.int8)
+    model[0].weight = nn.Parameter(Coded(codes, torch.tensor(0.01)), requires_grad=False)
+    return model
+
+
+def test_a_quantised_weight_stays_frozen_and_is_named_where_it_cannot_be_used(tmp_path):
+    """Of torchao: "dispatch: attempting to run unimplemented operator", from inside."""
+    model, x = coded_and_dense(), randn(3, 6)
+    state = rosa_func.init(model, 2, targets="2")
+    for same in (state, rosa_func.resample(state, 1)):
+        assert relative_distance(rosa_func.call(model, same, x), model(x)) <= 1e-6
+    for options in ({}, {"targets": "0"}, {"targets": "2", "train": "0.weight"}):
+        with pytest.raises(TypeError, match=r"0\.weight is of type Coded.*it can stay frozen"):
+            rosa_func.init(model, 2, **options)
+    with pytest.raises(TypeError, match=r"state/frozen/0\.weight is of type Coded.*delta"):
+        rosa_func.checkpoint.save(tmp_path / "state.safetensors", state)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(TypeError, match=r"0\.weight.* is of type Coded"):
+        rosa_func.checkpoint.digest(state)
+
+
+def test_weights_of_8_bit_layers_of_bitsandbytes_are_refused_at_once():
+    """`call` failed with "'Tensor' object has no attribute 'CB'"."""
+
+    class Int8Params(nn.Parameter):
+        pass
+
+    model = two_layers()
+    model[0].weight = Int8Params(torch.ones(4, 6, dtype=torch.int8), requires_grad=False)
+    for targets in (None, "2"):
+        with pytest.raises(TypeError, match=r"0\.weight is an Int8Params.*load_in_8bit"):
+            rosa_func.init(model, 2, targets=targets)
+
+
+def test_a_pruned_layer_is_adapted_under_its_mask_and_copied():
+    """After a forward pass: "Only Tensors created explicitly by the user support deepcopy"."""
+    model, x = two_layers(), randn(3, 6)
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    mask = model[0].weight_mask
+    state = perturbed(rosa_func.init(model, 2, targets=["0.weight_orig", "2"]))
+    merged = rosa_func.merge(state)
+    first = torch.relu(x @ (merged["0.weight_orig"] * mask).T + merged["0.bias"])
+    expected = first @ merged["2.weight"].T + merged["2.bias"]
+    assert relative_distance(rosa_func.call(model, state, x), expected) <= 1e-6
+    own = model(x)  # computes model[0].weight, with a graph
+    skeleton, module = rosa_func.skeleton(model), rosa_func.export.to_module(model, state)
+    assert relative_distance(rosa_func.call(skeleton, state, x), expected) <= 1e-6
+    assert relative_distance(module(x), expected) <= 1e-6
+    assert torch.equal(model(x), own)
+
+
+def test_a_model_that_keeps_what_it_computed_is_copied():
+    """A layer that left a loss in an attribute could have no skeleton."""
+    model, x = seeded(lambda: LeavesItsSum(6, 4)), randn(3, 6)
+    state = rosa_func.init(model, 2)
+    model(x)
+    for copied in (rosa_func.skeleton(model), rosa_func.export.to_module(model, state)):
+        assert torch.equal(copied.sum, model.sum)
+        assert not copied.sum.requires_grad and copied.sum is not model.sum
+
+
+def test_a_16_bit_embedding_with_sparse_gradients_is_not_trained_in_full():
+    """Its float32 master has a dense gradient: torch's error is of layouts, and names nothing."""
+    embedding = nn.Embedding(9, 4, sparse=True)
+    with pytest.raises(ValueError, match=r"weight is the torch\.bfloat16 .*sparse=False"):
+        rosa_func.init(copy.deepcopy(embedding).bfloat16(), targets=(), train="weight")
+    state = rosa_func.init(embedding, targets=(), train="weight")  # one of float32 is itself a leaf
+    (W,) = rosa_func.parameters(state)
+    rosa_func.call(embedding, state, torch.tensor([1, 2])).sum().backward()
+    assert W.grad.is_sparse

@@ -29,7 +29,7 @@ EVERY_FILE = pytest.mark.parametrize("file", TREES)
 OPTIONAL = {"huggingface_hub", "safetensors", "transformers"}
 # Of what is not in files/ itself: the lowest rooms, which know nothing of states.
 BELOW_FILES = {"rosa_func._torch", "rosa_func.keys", "rosa_func.modules"}
-BRANCHES = {"frozen", "trainable", "input_dim", "fixed", "compensation"}
+BRANCHES = {"frozen", "trainable", "input_dim", "fixed", "compensation", "model_dtype"}
 # Names with an underscore that are not torch's: those of every NamedTuple, and one of transformers.
 NOT_TORCHS = {"_asdict", "_fields", "_make", "_replace", "_from_config"}
 

@@ -12,6 +12,8 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from rosa_func._torch import is_wrapper
+
 # Of these types exactly, so that nothing comes back as less than it was.
 _SCALARS = (type(None), bool, int, str)
 _MAPPINGS = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
@@ -66,12 +68,12 @@ def flatten(value: Any) -> tuple[str, dict[str, Tensor]]:
         ]
 
     def store(tensor: Tensor, path: str) -> str:
-        is_wrapper = hasattr(tensor, "__tensor_flatten__")  # torchao's, DTensor
-        has_values = not (tensor.is_meta or tensor.is_quantized or tensor.is_nested or is_wrapper)
+        _refuse_wrapper(path, tensor)
+        has_values = not (tensor.is_meta or tensor.is_quantized or tensor.is_nested)
         if not has_values or tensor.layout != torch.strided:
             raise TypeError(
-                f"{path} is a tensor without values of its own (meta, sparse, nested, quantised "
-                f"or a wrapper, of type {type(tensor).__name__}): pass plain tensors"
+                f"{path} is a tensor without values of its own (meta, sparse, nested or "
+                "quantised): pass plain tensors"
             )
         tensor = tensor.detach().resolve_conj().resolve_neg()
         # One entry for the same memory seen the same way: states often share frozen tensors.
@@ -129,6 +131,16 @@ def digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
     """Hash the metadata, and each tensor's name, dtype, shape and bytes."""
     shapes = {name: (str(t.dtype), list(t.shape)) for name, t in sorted(tensors.items())}
     hashed = hashlib.sha256(json.dumps([metadata, shapes], sort_keys=True).encode())
-    for _, tensor in sorted(tensors.items()):
+    for name, tensor in sorted(tensors.items()):
+        _refuse_wrapper(name, tensor)
         hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hashed.hexdigest()
+
+
+def _refuse_wrapper(name: str, tensor: Tensor) -> None:
+    if is_wrapper(tensor):
+        raise TypeError(
+            f"{name} is of type {type(tensor).__name__}, a tensor made of others (quantised or "
+            "sharded), which has no bytes of its own to write: make it dense, or save the change "
+            "alone, with checkpoint.delta"
+        )

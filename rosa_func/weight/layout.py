@@ -5,11 +5,15 @@ trainable     {name: TensorDict of the fields of the terms that train}, or a pla
 input_dim     {name: the dimension that meets the input}
 fixed         {name: TensorDict of the fields of the terms that do not train}, where there are
 compensation  {name: what rounding took from the residual}, where it is kept
+model_dtype   {name: a zero of the model's dtype}, for each tensor that is trained in full in
+              another dtype: in float32, where the model has 16 bits
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
@@ -32,15 +36,22 @@ class Parts(NamedTuple):
 
     Attributes:
         frozen: adapted weights, and the tensors that do not train.
-        full: the tensors that are trained in full.
+        full: the tensors that are trained in full, as they train.
+        dtypes: the model's dtypes of those in `full` that train in another.
     """
 
     frozen: dict[str, Weight | Tensor]
     full: dict[str, Tensor]
+    dtypes: Mapping[str, torch.dtype] = MappingProxyType({})
 
     def adapted(self) -> dict[str, Weight]:
         """Return the adapted weights."""
         return {name: w for name, w in self.frozen.items() if isinstance(w, Weight)}
+
+    def rounded(self) -> dict[str, Tensor]:
+        """Return the tensors that are trained in full in the model's dtypes, differentiably."""
+        cast = {name: self.full[name].to(dtype) for name, dtype in self.dtypes.items()}
+        return {**self.full, **cast}
 
 
 def read(state: TensorDict) -> Parts:
@@ -87,7 +98,10 @@ def read(state: TensorDict) -> Parts:
     for what, names in (("fixed entries", supports), ("a compensation", lost)):
         if stray := [name for name in names if name not in adapted]:
             raise KeyError(f"the state has {what} of {stray[0]}, which is not adapted")
-    return Parts({**frozen, **adapted}, full)
+    dtypes = {name: like.dtype for name, like in branches.get("model_dtype", {}).items()}
+    if stray := [name for name in dtypes if name not in full]:
+        raise KeyError(f"the state has a model_dtype of {stray[0]}, which is not trained in full")
+    return Parts({**frozen, **adapted}, full, dtypes)
 
 
 def write(parts: Parts) -> TensorDict:
@@ -114,6 +128,11 @@ def write(parts: Parts) -> TensorDict:
         branches["fixed"] = support
     if compensation:
         branches["compensation"] = compensation
+    if parts.dtypes:
+        branches["model_dtype"] = {
+            name: parts.full[name].new_zeros((), dtype=dtype)
+            for name, dtype in parts.dtypes.items()
+        }
     return TensorDict({branch: TensorDict(values) for branch, values in branches.items()})
 
 

@@ -197,7 +197,7 @@ def tensors(w: Weight) -> list[Tensor]:
     """Return the tensors that a product with the weight reads; see `rebuilt`."""
     found = [*w.base]  # type: ignore[misc]
     for term in w.terms:
-        found += term  # type: ignore[arg-type]
+        found += [*term]  # type: ignore[misc]
     return found
 
 
