@@ -92,15 +92,26 @@ def call(model: nn.Module, state: TensorDict, /, *args: Any, **kwargs: Any) -> A
         >>> rosa_func.call(model, state, x).shape
         torch.Size([3, 4])
     """
+    return called(model, state, args, kwargs)[0]
+
+
+def called(
+    model: nn.Module, state: TensorDict, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, list[Tensor]]:
+    """Return what `call` returns, and the buffers as the forward pass left them.
+
+    They are in the order of `places(model).buffers`; a compiler keeps none.
+    """
     if torch.compiler.is_compiling():  # which follows torch's own swap, and keeps no places
         refuse_wrong_checkpointing(model, model.named_modules())
-        return functional_call(model, _in_each_place(model, state), args, kwargs, tie_weights=False)
+        placed = _in_each_place(model, state)
+        return functional_call(model, placed, args, kwargs, tie_weights=False), []
     found, names, weights = _fitted(model, state)
-    copy = standing(found, names, weights)
-    if copy is not None:
-        return copy(*args, **kwargs)
+    copies = standing(found, names, weights)
+    if copies is not None:
+        return copies[0](*args, **kwargs), found.left_in(copies)
     with _alone(model), _bound(model, found, names, weights):
-        return model(*args, **kwargs)
+        return model(*args, **kwargs), found.left_in(found.owners())
 
 
 def adapted(model: nn.Module, state: TensorDict) -> nn.Module:
@@ -132,13 +143,13 @@ def adapted(model: nn.Module, state: TensorDict) -> nn.Module:
         >>> torch.equal(y, rosa_func.call(model, state, x))
         True
     """
-    copy = standing(*_fitted(model, state))
-    if copy is None:
+    copies = standing(*_fitted(model, state))
+    if copies is None:
         raise TypeError(
             f"the modules of {type(model).__name__} lead to each other in a way that a copy cannot "
             "follow (a function that closes over one, a compiled or scripted module): use bind"
         )
-    return copy
+    return copies[0]
 
 
 @contextmanager
