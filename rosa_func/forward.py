@@ -1,5 +1,6 @@
 """From a state to the forward pass of a model: compose, call, adapted, bind."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rosa_func import modules
-from rosa_func._torch import own_buffers, own_parameters
+from rosa_func._torch import is_eager, own_buffers, own_parameters
 from rosa_func.places import Places, places, standing, swapped
 from rosa_func.recomputing import recomputed_in, refuse_wrong_checkpointing
 from rosa_func.weight import Parts, all_composed, read
@@ -107,6 +108,8 @@ def called(
         placed = _in_each_place(model, state)
         return functional_call(model, placed, args, kwargs, tie_weights=False), []
     found, names, weights = _fitted(model, state)
+    if "labels" in kwargs:
+        _warn_if_nothing_trains(model, weights)
     copies = standing(found, names, weights)
     if copies is not None:
         return copies[0](*args, **kwargs), found.left_in(copies)
@@ -224,6 +227,18 @@ def _bound(
     swap = swapped(found, names, weights)
     with recomputed_in(swap), swap:
         yield
+
+
+def _warn_if_nothing_trains(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Warn of a loss that no gradient flows through, where a model in training is given labels."""
+    is_in_training = model.training and torch.is_grad_enabled() and is_eager()
+    if is_in_training and not any(weight.requires_grad for weight in weights.values()):
+        warnings.warn(
+            "the model is in training and was given labels, but no leaf of the state requires a "
+            "gradient: rosa_func.parameters(state) switches them on, and after a resample "
+            "optim.rebind does (for a loss without gradients, use torch.no_grad)",
+            stacklevel=4,
+        )
 
 
 def _alone(model: nn.Module) -> AbstractContextManager[object]:

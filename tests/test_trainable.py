@@ -1,11 +1,15 @@
-"""Counts of values."""
+"""Counts of values, and the hint of those who forget to switch gradients on."""
 
+import warnings
+
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import rosa_func
-from models import seeded, tiny_gpt2
+from models import seeded, tiny_gpt2, token_ids
 
 
 @given(m=st.integers(1, 20), n=st.integers(1, 20), data=st.data())
@@ -47,3 +51,29 @@ def test_a_count_prints_as_an_aligned_table():
         ["1.bias", "40", "of", "40", "100.000%"],
     ]
     assert len({len(line) for line in lines}) == 1  # aligned
+
+
+def test_a_loss_in_training_without_any_gradient_is_warned_of():
+    """Without `parameters(state)` torch says "element 0 of tensors does not require grad"."""
+    model, ids = seeded(tiny_gpt2).train(), token_ids(2, 8)
+    state = rosa_func.init(model, 2, train="ln_f")
+    with pytest.warns(UserWarning, match=r"no leaf of the state.*parameters\(state\)") as warned:
+        rosa_func.call(model, state, ids, labels=ids)
+    assert warned[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rosa_func.call(model, state, ids)  # whose loss, if any, is the caller's
+        with torch.no_grad():
+            rosa_func.call(model, state, ids, labels=ids)
+        rosa_func.call(model.eval(), state, ids, labels=ids)
+
+        def loss(trainable):
+            return rosa_func.call(model, state.replace(trainable=trainable), ids, labels=ids).loss
+
+        model.train()
+        torch.func.grad(loss)(state["trainable"])
+        rosa_func.parameters(state)
+        rosa_func.call(model, state, ids, labels=ids)
+        new = rosa_func.resample(state, 1)
+    with pytest.warns(UserWarning, match="no leaf of the state"):
+        rosa_func.call(model, new, ids, labels=ids)
