@@ -40,7 +40,7 @@ class RosaModule(nn.Module):
     The model is not kept: a `skeleton` is. The trainable leaves and the model's buffers are cloned,
     and the rest when `state_dict` hands it out, so neither the state nor the model is ever written
     to. What a forward pass writes to buffers (the statistics of BatchNorm) stays in the module's
-    own; attributes that it sets are dropped.
+    own, but `torch.compile` drops it; attributes that it sets are dropped.
 
     It is no `PreTrainedModel`, so Trainer's checkpoints have the state, from which a run resumes,
     and no config.json: `save_pretrained(folder)` writes what `from_pretrained` loads.
