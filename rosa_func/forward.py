@@ -1,5 +1,6 @@
 """From a state to the forward pass of a model: compose, call, adapted, bind."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
@@ -95,16 +96,29 @@ def call(model: nn.Module, state: TensorDict, /, *args: Any, **kwargs: Any) -> A
         >>> rosa_func.call(model, state, x).shape
         torch.Size([3, 4])
     """
+    return called(model, state, args, kwargs)[0]
+
+
+def called(
+    model: nn.Module, state: TensorDict, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, list[Tensor]]:
+    """Return what `call` returns, and the buffers as the forward pass left them.
+
+    They are in the order of `places(model).buffers`; a compiler keeps none.
+    """
     if torch.compiler.is_compiling():  # which follows torch's own swap, and keeps no places
         refuse_wrong_checkpointing(model, model.named_modules())
-        return functional_call(model, _in_each_place(model, state), args, kwargs, tie_weights=False)
+        placed = _in_each_place(model, state)
+        return functional_call(model, placed, args, kwargs, tie_weights=False), []
     found, names, weights, views = _fitted(model, state)
-    copy = standing(found, names, weights)
+    if "labels" in kwargs:
+        _warn_if_nothing_trains(model, weights)
+    copies = standing(found, names, weights)
     with _unwritten(views):
-        if copy is not None:
-            return copy(*args, **kwargs)
+        if copies is not None:
+            return copies[0](*args, **kwargs), found.left_in(copies)
         with _alone(model), _bound(model, found, names, weights):
-            return model(*args, **kwargs)
+            return model(*args, **kwargs), found.left_in(found.owners())
 
 
 def adapted(model: nn.Module, state: TensorDict) -> nn.Module:
@@ -137,13 +151,13 @@ def adapted(model: nn.Module, state: TensorDict) -> nn.Module:
         True
     """
     found, names, weights, _ = _fitted(model, state)
-    copy = standing(found, names, weights)
-    if copy is None:
+    copies = standing(found, names, weights)
+    if copies is None:
         raise TypeError(
             f"the modules of {type(model).__name__} lead to each other in a way that a copy cannot "
             "follow (a function that closes over one, a compiled or scripted module): use bind"
         )
-    return copy
+    return copies[0]
 
 
 @contextmanager
@@ -236,6 +250,18 @@ def _bound(
     swap = swapped(found, names, weights)
     with recomputed_in(swap), swap:
         yield
+
+
+def _warn_if_nothing_trains(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Warn of a loss that no gradient flows through, where a model in training is given labels."""
+    is_in_training = model.training and torch.is_grad_enabled() and is_eager()
+    if is_in_training and not any(weight.requires_grad for weight in weights.values()):
+        warnings.warn(
+            "the model is in training and was given labels, but no leaf of the state requires a "
+            "gradient: rosa_func.parameters(state) switches them on, and after a resample "
+            "optim.rebind does (for a loss without gradients, use torch.no_grad)",
+            stacklevel=4,
+        )
 
 
 def _alone(model: nn.Module) -> AbstractContextManager[object]:

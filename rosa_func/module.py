@@ -3,18 +3,19 @@
 import functools
 import inspect
 from collections.abc import Callable
-from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from rosa_func import distributed, optim, samplers
-from rosa_func._torch import own_buffers, own_modules, own_parameters
-from rosa_func.forward import bind, call
-from rosa_func.modules import skeleton
+from rosa_func import distributed, export, optim, samplers
+from rosa_func._torch import is_eager, own_buffers, own_modules, own_parameters
+from rosa_func.forward import call, called, check_fit
+from rosa_func.modules import persistent_buffers, skeleton
+from rosa_func.places import places
 from rosa_func.samplers import Sampler
+from rosa_func.stand_in import attribute, changes, refuse
 from rosa_func.weight import read
 from rosa_func.weight.layout import (
     Path,
@@ -31,21 +32,29 @@ class RosaModule(nn.Module):
 
         RosaModule(model, state)(*args, **kwargs) = call(model, state, *args, **kwargs)
 
-    Its `forward` has the signature of the model's (Trainer drops the columns that it does not
-    name), its `state_dict` is the whole state, and other attributes and methods (`config`,
-    `generate`) are the model's, computed with the state. The model is not kept: a `skeleton` is.
-    The trainable leaves are cloned, so neither the state nor the model is ever written to.
+    Its class has the name of the model's, and its `forward` the signature (Trainer reads both); its
+    `state_dict` is the whole state. Other attributes and methods (`config`, `generate`, submodules)
+    are the model's, computed with the state; a submodule is a copy, of the values at that moment
+    (see `adapted`). Methods that change the model (`resize_token_embeddings`) are refused: do it
+    before `init`. `save_pretrained` and `push_to_hub` write the merged model.
+
+    The model is not kept: a `skeleton` is. The trainable leaves and the model's buffers are cloned,
+    and the rest when `state_dict` hands it out, so neither the state nor the model is ever written
+    to. What a forward pass writes to buffers (the statistics of BatchNorm) stays in the module's
+    own, but `torch.compile` drops it; attributes that it sets are dropped.
+
+    It is no `PreTrainedModel`, so Trainer's checkpoints have the state, from which a run resumes,
+    and no config.json: `save_pretrained(folder)` writes what `from_pretrained` loads.
 
     Under DDP each process makes the module of the same state: DDP sends the parameters of the first
-    to the others, but not the frozen part (see `distributed.check_equal`). Enable gradient
-    checkpointing in the model (see `recompute`), not by Trainer's arguments.
+    to the others, but not the frozen part (see `distributed.check_equal`).
 
     Args:
         model: the model, or its `skeleton`.
         state: a state of `init` or `resample`.
 
     Raises:
-        KeyError, ValueError: at the first call, if the two do not fit.
+        KeyError, ValueError: if the two do not fit, as in `call`.
 
     Example:
         >>> import rosa_func, torch
@@ -61,19 +70,35 @@ class RosaModule(nn.Module):
     def __init__(self, model: nn.Module, state: TensorDict) -> None:
         """Take the leaves of the state as parameters, the rest of it as buffers."""
         super().__init__()
-        read(state)  # or an error that names what is wrong
+        names = check_fit(model, state)  # or an error that names what is wrong
+        buffers = {names[name] for name, _ in persistent_buffers(model)}
         self._slots: dict[Path, tuple[dict[str, Any], str]] = {}
+        self._own: dict[Path, int] = {}
         for path, value in entries(state).items():
+            value = value.detach()
             if trains(path):
-                value = nn.Parameter(value.detach().clone())
+                value = nn.Parameter(value.clone())
+            elif path[1] in buffers:
+                value = value.clone()
             self._register(path, value)
         # Not a submodule: its parameters are on the meta device, and must not be listed.
-        self.__dict__["skeleton"] = skeleton(model)
+        inside = self.__dict__["skeleton"] = skeleton(model)
+        found, own = places(inside), {path[1]: slot for path, slot in self._slots.items()}
+        owners = found.owners()
+        self._buffer_slots = [
+            (own_buffers(owners[slot.owner]), slot.key)
+            if slot.name is None
+            else own[names[slot.name]]
+            for slot in found.buffers
+        ]
         self.train(model.training)
         self.__class__ = _class_for(type(model))  # type: ignore[arg-type]
         # Every rank has the frozen part from its own resample: nothing for DDP to broadcast.
-        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
-        self.register_load_state_dict_pre_hook(RosaModule.into_new_memory)  # type: ignore[no-untyped-call]
+        self._ddp_params_and_buffers_to_ignore = [
+            ".".join(path) for path in self._slots if not trains(path) and path[1] not in buffers
+        ]
+        self.register_state_dict_pre_hook(RosaModule.into_own_memory)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(RosaModule.ready_to_load)  # type: ignore[no-untyped-call]
 
     @property
     def state(self) -> TensorDict:
@@ -130,26 +155,48 @@ class RosaModule(nn.Module):
         return self
 
     def __getattr__(self, name: str) -> Any:
-        """Find what is not here in the model; its methods compute with the state."""
+        """Find what is not here in the model, where it computes with the state."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             if "skeleton" not in self.__dict__:
                 raise
         model = self.__dict__["skeleton"]
-        found = getattr(model, name)
-        if name == "device":
-            return next(self.parameters()).device
-        # Methods that set the model up do not need the state, and must work where `bind` refuses.
-        if not isinstance(found, MethodType) or "checkpointing" in name:
-            return found
+        if changes(name) and hasattr(type(model), name):
+            return functools.partial(refuse, name)
+        if (name.startswith("save") or name == "push_to_hub") and hasattr(type(model), name):
+            return functools.partial(self._on_merged, name)
+        return attribute(model, name, lambda: self.state)
 
-        @functools.wraps(found)
-        def with_state(*args: Any, **kwargs: Any) -> Any:
-            with bind(model, self.state):
-                return found(*args, **kwargs)
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set what the model has in the skeleton, which each call copies."""
+        model = self.__dict__.get("skeleton")
+        is_own = model is None or name in self.__dict__ or hasattr(type(self), name)
+        if is_own or not hasattr(model, name):
+            super().__setattr__(name, value)
+        elif isinstance(value, nn.Module | Tensor):
+            refuse(f"setting {name}")
+        else:
+            setattr(model, name, value)
 
-        return with_state
+    def apply(self, fn: Callable[[nn.Module], None]) -> NoReturn:
+        """Refuse: there are no weights of the model to change."""
+        refuse("apply")
+
+    def __repr__(self) -> str:
+        """Show the model."""
+        return f"RosaModule({self.__dict__['skeleton']!r})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the class by the model's."""
+        return _new, (type(self.__dict__["skeleton"]),), self.__dict__
+
+    def _on_merged(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the merged model, of this state or of a given `state_dict`."""
+        state, given = self.state, kwargs.pop("state_dict", None)
+        if given is not None:
+            state = from_entries({path: given[".".join(path)] for path in self._slots})
+        return getattr(export.to_module(self.__dict__["skeleton"], state), name)(*args, **kwargs)
 
     def _register(self, path: Path, value: Tensor) -> None:
         """Register a tensor under the model's own dotted name, in empty modules as branches."""
@@ -172,11 +219,28 @@ class RosaModule(nn.Module):
                     buffers[name] = fn(buffer)
         return self
 
-    def into_new_memory(self, given: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Let a state dict be loaded into memory that neither the state nor the model shares."""
+    def _keep(self, buffers: list[Tensor]) -> None:
+        """Take the buffers as a forward pass left them; they are clones."""
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                buffers = [buffer.clone() for buffer in buffers]
+        for (table, key), buffer in zip(self._buffer_slots, buffers, strict=True):
+            table[key] = buffer
+
+    def into_own_memory(self, *_: Any) -> None:
+        """Let what `state_dict` hands out be written to: it is neither the state's nor the model's.
+
+        Each tensor is copied once, and the old one let go, unless someone else holds it.
+        """
         for path, (table, last) in self._slots.items():
-            if trains(path):
-                continue
+            if not trains(path) and self._own.get(path) != table[last].data_ptr():
+                table[last] = table[last].clone()
+                self._own[path] = table[last].data_ptr()
+
+    def ready_to_load(self, given: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Let a state dict be loaded into memory that neither the state nor the model shares."""
+        self.into_own_memory()
+        for path, (table, last) in self._slots.items():
             old, new = table[last], given.get(prefix + ".".join(path))
             # What rounding took has no elements while nothing was lost: the shape may be another.
             if (
@@ -185,17 +249,41 @@ class RosaModule(nn.Module):
                 and not (old.numel() and new.numel())
             ):
                 table[last] = old.new_empty(new.shape)
-            else:
-                table[last] = old.clone()
+
+
+def _new(model_class: type[nn.Module]) -> RosaModule:
+    """Return an object without attributes, for pickle and copies."""
+    kind = _class_for(model_class)  # type: ignore[arg-type]
+    return kind.__new__(kind)
+
+
+# What Python looks up in the class alone.
+_SPECIAL = ("__getitem__", "__len__", "__iter__", "__contains__")
 
 
 @functools.cache
 def _class_for(model_class: type[nn.Module]) -> type[RosaModule]:
-    """Return RosaModule with the signature of the model's `forward`, which Trainer reads there."""
+    """Return RosaModule with the name of the model's class and the signature of its `forward`."""
 
     def forward(self: RosaModule, *args: Any, **kwargs: Any) -> Any:
-        return call(self.__dict__["skeleton"], self.state, *args, **kwargs)
+        model = self.__dict__["skeleton"]
+        if not is_eager():
+            return call(model, self.state, *args, **kwargs)
+        result, buffers = called(model, self.state, args, kwargs)
+        self._keep(buffers)
+        return result
 
     forward.__signature__ = inspect.signature(model_class.forward)  # type: ignore[attr-defined]
     forward.__doc__ = model_class.forward.__doc__
-    return type(f"Rosa{model_class.__name__}", (RosaModule,), {"forward": forward})
+    members: dict[str, Any] = {"forward": forward}
+    for name in _SPECIAL:
+        if hasattr(model_class, name):
+            members[name] = _special(name)
+    return type(model_class.__name__, (RosaModule,), members)
+
+
+def _special(name: str) -> Callable[..., Any]:
+    def method(self: RosaModule, *args: Any) -> Any:
+        return attribute(self.__dict__["skeleton"], name, lambda: self.state)(*args)
+
+    return method

@@ -44,6 +44,7 @@ class Places(NamedTuple):
     Attributes:
         tensors: the parameters and persistent buffers, by their first names.
         slots: every place of each of them, and those of the other buffers.
+        buffers: those of the buffers among them.
         checkpointing: the names of the modules that may recompute, as transformers marks them,
             and their indices.
         modules: all of them.
@@ -54,6 +55,7 @@ class Places(NamedTuple):
 
     tensors: "dict[str, ref[Tensor]]"
     slots: list[Slot]
+    buffers: list[Slot]
     checkpointing: list[tuple[str, int]]
     modules: "list[ref[nn.Module]]"
     links: list[Link] | None
@@ -65,6 +67,10 @@ class Places(NamedTuple):
         """Return the shapes as they are now: `weight.data = ...` may have changed them."""
         own: Any = self.tensors
         return {name: tensor().shape for name, tensor in own.items()}
+
+    def left_in(self, owners: list[nn.Module]) -> list[Tensor]:
+        """Return the buffers that the model, or a copy of its modules, has now."""
+        return [slot.table(owners)[slot.key] for slot in self.buffers]
 
     def owners(self) -> list[nn.Module]:
         """Return the modules."""
@@ -128,8 +134,8 @@ def swapped(found: Places, names: Mapping[str, str], weights: Mapping[str, Tenso
 
 def standing(
     found: Places, names: Mapping[str, str], weights: Mapping[str, Tensor]
-) -> nn.Module | None:
-    """Return a copy of the model that has these weights; arguments as of `swapped`.
+) -> list[nn.Module] | None:
+    """Return copies of the modules that have these weights, the model's first; see `swapped`.
 
     None if a copy cannot follow how the modules lead to each other.
     """
@@ -139,7 +145,7 @@ def standing(
     copies = copied(owners, found.links)
     for slot, tensor in _filled(found, owners, names, weights):
         slot.table(copies)[slot.key] = tensor
-    return copies[0]
+    return copies
 
 
 def _filled(
@@ -178,6 +184,7 @@ def _look(model: nn.Module) -> Places:
     return Places(
         tensors={name: ref(tensor) for name, tensor in both.items()},
         slots=slots,
+        buffers=[slot for slot in slots if slot.is_buffer],
         checkpointing=[
             (name, index)
             for index, (name, module) in enumerate(named.items())

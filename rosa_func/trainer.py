@@ -3,12 +3,15 @@
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from rosa_func import samplers
 from rosa_func._slots import check_moments
 from rosa_func.keys import check_key, fold_in
 from rosa_func.module import RosaModule
 from rosa_func.samplers import Sampler, check_sampler
+
+_logger = logging.get_logger(__name__)
 
 
 class ResampleCallback(TrainerCallback):
@@ -27,7 +30,8 @@ class ResampleCallback(TrainerCallback):
         fraction: as in `optim.rebind`.
 
     Raises:
-        ValueError: if `every` is not positive, or as `optim.rebind` for moments and fraction.
+        ValueError: if `every` is not positive, or as `optim.rebind` for moments and fraction; when
+            training starts with `neftune_noise_alpha`.
         TypeError: if an argument is of another type; when training starts with a model that is not
             a `RosaModule`.
 
@@ -59,8 +63,21 @@ class ResampleCallback(TrainerCallback):
         self.moments, self.fraction = moments, fraction
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse a model that cannot be resampled."""
+        """Refuse a model that cannot be resampled, and noise that would not reach it."""
         _module_of(kwargs["model"])
+        if args.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"neftune_noise_alpha={args.neftune_noise_alpha} hooks a copy of the embeddings of "
+                "a RosaModule, and adds no noise: leave it out"
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say what Trainer saves."""
+        if state.is_world_process_zero:
+            _logger.warning_once(
+                "Trainer saves the state of a RosaModule, from which a run resumes; "
+                "model.save_pretrained(folder) writes the merged model, for from_pretrained"
+            )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Resample when the steps are full."""

@@ -34,7 +34,9 @@ from transformers import (
     ViTModel,
 )
 
+import rosa_func
 from references import main_output
+from rosa_func.module import RosaModule
 
 VOCABULARY_SIZE = 31
 _SPECIAL: Any = {"bos_token_id": 0, "eos_token_id": 0}
@@ -87,6 +89,12 @@ def tiny_gpt2(
     shape = {"n_embd": 4 * heads, "n_head": heads, "n_layer": layers, "n_positions": 8}
     options = {"vocab_size": VOCABULARY_SIZE, **shape, **rates, **_SPECIAL, **_SCALE, **options}
     return GPT2LMHeadModel(GPT2Config(**options))
+
+
+def gpt2_and_rosa_module(**options: Any) -> tuple[nn.Module, RosaModule]:
+    model = seeded(tiny_gpt2)
+    options = {"targets": ["wte", "c_attn", "c_fc"], "train": "ln_f", **options}
+    return model, RosaModule(model, rosa_func.init(model, 2, **options))
 
 
 def checkpoint_segments(model: Any, options: Any = None, on: bool = True) -> None:

@@ -1,6 +1,7 @@
-"""The leaves that train, and counts of values."""
+"""The leaves that train, counts of values, and the hint that no gradient is switched on."""
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from tensordict import TensorDict
 from torch import nn
 
 import rosa_func
-from models import randn, seeded, tiny_gpt2, two_layers
+from models import randn, seeded, tiny_gpt2, token_ids, two_layers
 from references import dense_weights
 from rosa_func.weight.layout import leaves
 
@@ -104,3 +105,29 @@ def test_a_count_prints_as_an_aligned_table():
         ["1.bias", "40", "of", "40", "100.000%"],
     ]
     assert len({len(line) for line in lines}) == 1  # aligned
+
+
+def test_a_loss_in_training_without_any_gradient_is_warned_of():
+    """Without `parameters(state)` torch says "element 0 of tensors does not require grad"."""
+    model, ids = seeded(tiny_gpt2).train(), token_ids(2, 8)
+    state = rosa_func.init(model, 2, train="ln_f")
+    with pytest.warns(UserWarning, match=r"no leaf of the state.*parameters\(state\)") as warned:
+        rosa_func.call(model, state, ids, labels=ids)
+    assert warned[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rosa_func.call(model, state, ids)  # whose loss, if any, is the caller's
+        with torch.no_grad():
+            rosa_func.call(model, state, ids, labels=ids)
+        rosa_func.call(model.eval(), state, ids, labels=ids)
+
+        def loss(trainable):
+            return rosa_func.call(model, state.replace(trainable=trainable), ids, labels=ids).loss
+
+        model.train()
+        torch.func.grad(loss)(state["trainable"])
+        rosa_func.parameters(state)
+        rosa_func.call(model, state, ids, labels=ids)
+        new = rosa_func.resample(state, 1)
+    with pytest.warns(UserWarning, match="no leaf of the state"):
+        rosa_func.call(model, new, ids, labels=ids)
