@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from rosa_func.extras import needs
+
 PREFIX = "base_model.model."
 _CONFIG, _WEIGHTS, _CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 # What makes an adapter more than W0 + scale lora_B lora_A, where it is set.
@@ -22,7 +24,8 @@ def write_adapter(
     folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], card: str
 ) -> None:
     """Write the files; the folder is made if need be, and a README.md that is there stays."""
-    from safetensors.torch import save_file
+    with needs("checkpoint"):
+        from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
@@ -34,7 +37,8 @@ def write_adapter(
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read config and tensors, and refuse what is more than plain LoRA."""
-    from safetensors.torch import load_file
+    with needs("checkpoint"):
+        from safetensors.torch import load_file
 
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
