@@ -1,13 +1,35 @@
 """Random Orthogonal Subspace Adaptation as pure functions over a TensorDict.
 
+A state holds each adapted weight W as a frozen residual R and a trainable product A B:
+
 >>> import rosa_func, torch
 >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
->>> state = rosa_func.init(model, r=2)
->>> y = rosa_func.call(model, state, torch.ones(3, 6))
->>> state = rosa_func.resample(state, key=1)
+>>> state = rosa_func.init(model, r=2)  # W = R + A B; the model is only read
+>>> y = rosa_func.call(model, state, torch.ones(3, 6))  # the model's forward pass with the state
+>>> optimizer = torch.optim.AdamW(rosa_func.parameters(state), weight_decay=0.0)
+>>> new = rosa_func.resample(state, key=1)  # the same function in new random subspaces
+>>> optimizer = rosa_func.optim.rebind(optimizer, state, new)
+>>> weights = rosa_func.merge(new)  # dense, for model.load_state_dict
+
+Begin with: init, init_from, resample, merge, method.
+To compute: call, adapted, bind, compose, recompute, skeleton.
+To train:   parameters, named_parameters, count, fold_in.
+
+More is in rooms, each imported when it is first asked for, as rosa_func.optim:
+
+samplers     how A and B are drawn: ROSA, PiSSA, MiLoRA, LoRA and others
+optim        groups with rates of their own; an optimizer that survives a resample
+checkpoint   states and runs in safetensors files; the change alone
+export       to plain modules, and to and from adapters of peft
+module       a state as an nn.Module, for the Trainer and DistributedDataParallel
+trainer      resampling as a callback of the Trainer (the extra "trainer")
+distributed  a resample shared by several processes
 """
 
-from rosa_func import checkpoint, distributed, export, module, optim, samplers
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from rosa_func.cycle import Method, init, merge, method, resample
 from rosa_func.forward import adapted, bind, call, compose
 from rosa_func.keys import fold_in
@@ -16,8 +38,13 @@ from rosa_func.pretrained import init_from
 from rosa_func.recomputing import recompute
 from rosa_func.trainable import Count, count, named_parameters, parameters
 
+if TYPE_CHECKING:
+    from rosa_func import checkpoint, distributed, export, module, optim, samplers
+    from rosa_func import trainer as trainer
+
 __version__ = "0.1.0"
 
+# Without the trainer, so that `from rosa_func import *` needs no extra.
 __all__ = [
     "Count",
     "Method",
@@ -43,3 +70,17 @@ __all__ = [
     "samplers",
     "skeleton",
 ]
+
+_ROOMS = {"checkpoint", "distributed", "export", "module", "optim", "samplers", "trainer"}
+
+if not TYPE_CHECKING:  # or a type checker would take any name for one of ours
+
+    def __getattr__(name: str) -> ModuleType:
+        """Import a room when it is first asked for."""
+        if name in _ROOMS:
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        """List the rooms that are not imported yet, too."""
+        return sorted({*globals(), *__all__})

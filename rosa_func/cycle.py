@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from rosa_func import keys, modules, patterns, samplers, targeting
+from rosa_func import keys, modules, patterns, peft_names, samplers, targeting
 from rosa_func.drawing import Draw, draw, draw_all
 from rosa_func.patterns import Rank
 from rosa_func.samplers import Sampler
@@ -28,6 +28,7 @@ def init(
     train: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     exact: bool | None = None,
+    **others: NoReturn,
 ) -> TensorDict:
     """Split each target weight into a frozen residual and a trainable product of rank r.
 
@@ -67,6 +68,7 @@ def init(
         exact: keep what rounding took from R, so that a merge returns W bit for bit (True), or
             not (False). None keeps it for 16-bit weights only, in their own dtype, which is
             enough to keep repeated merges from drifting.
+        others: none; an argument of peft is answered with what says the same here.
 
     Returns:
         A TensorDict with the entries `frozen` {name: tensor}, `trainable` {name: {A, B} or
@@ -98,6 +100,7 @@ def init(
         >>> torch.allclose(rosa_func.merge(state)["0.weight"], model[0].weight, atol=1e-6)
         True
     """
+    peft_names.refuse(others)
     tensors = modules.tensors(model)
     modules.refuse_meta(model)
     modules.refuse_int8(model)
@@ -151,6 +154,7 @@ def resample(
     *,
     r: Rank | None = None,
     sampler: Sampler = samplers.random,
+    **others: NoReturn,
 ) -> TensorDict:
     """Merge each adapted weight and draw a new subspace for it; the function stays the same.
 
@@ -171,6 +175,7 @@ def resample(
             each time, such as the step.
         r: None for the ranks as they are, or a new one as in `init`.
         sampler: as in `init`; it need not be the one that drew the state.
+        others: none, as in `init`.
 
     Returns:
         A new state, whose leaves require no gradient: call `parameters` on it again.
@@ -191,6 +196,7 @@ def resample(
         >>> torch.allclose(old_weight, new_weight, atol=1e-6)
         True
     """
+    peft_names.refuse(others)
     check_options(key, sampler)
     parts = read(state)
     adapted = parts.adapted()
@@ -273,6 +279,7 @@ def method(
     train: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     exact: bool | None = None,
+    **others: NoReturn,
 ) -> Method:
     """Bind the options of `init` and `resample` once, as optax binds init and update.
 
@@ -286,6 +293,7 @@ def method(
         train: as in `init`.
         exclude: as in `init`.
         exact: as in `init`.
+        others: none, as in `init`.
 
     Returns:
         A named pair of functions.
@@ -296,6 +304,7 @@ def method(
         >>> state = pissa.init(torch.nn.Sequential(torch.nn.Linear(6, 4)))
         >>> state = pissa.resample(state, 1)
     """
+    peft_names.refuse(others)
     return Method(
         init=partial(
             init,

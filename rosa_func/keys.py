@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
+from numbers import Integral
 
 import torch
 
@@ -16,7 +17,8 @@ def fold_in(key: int, *data: int | str) -> int:
         fold_in(key, a, b) = the first 63 bits of SHA-256(key, a, b)
 
     Every part counts in full: integers of any size and sign, and names. The same arguments give
-    the same key in every process, on every device.
+    the same key in every process, on every device. An integer of NumPy counts as the int that it
+    is equal to.
 
     Args:
         key: an integer of any size.
@@ -26,7 +28,8 @@ def fold_in(key: int, *data: int | str) -> int:
         A key in [0, 2**63).
 
     Raises:
-        TypeError: if a key is not an int, or data is neither int nor str (a bool is neither).
+        TypeError: if a key is not an integer, or data is neither integer nor str (a bool is
+            neither).
 
     Example:
         >>> from rosa_func import fold_in
@@ -35,22 +38,28 @@ def fold_in(key: int, *data: int | str) -> int:
     """
     check_key(key)
     for item in data:
-        if isinstance(item, bool) or not isinstance(item, int | str):
+        if not isinstance(item, str) and not _is_integer(item):
             raise TypeError(
                 f"fold_in takes ints and strings, got {item!r} of type {type(item).__name__}"
             )
+    plain = tuple(str(part) if isinstance(part, str) else int(part) for part in (key, *data))
     # repr is injective on a tuple of ints and strings, so no two inputs share a text.
-    digest = hashlib.sha256(repr((key, *data)).encode()).digest()
+    digest = hashlib.sha256(repr(plain).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def check_key(key: int) -> None:
-    """Refuse whatever is not a plain integer."""
-    if isinstance(key, bool) or not isinstance(key, int):
+    """Refuse whatever is not an integer of Python or NumPy."""
+    if not _is_integer(key):
         raise TypeError(
             f"a key is an int, got {key!r} of type {type(key).__name__}; "
             "pass for example key=0, or rosa_func.fold_in(key, step)"
         )
+
+
+def _is_integer(value: object) -> bool:
+    """Return whether it is an integer; a bool and a tensor are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def generator(key: int, purpose: str, name: str, *place: int) -> torch.Generator:

@@ -5,15 +5,16 @@ import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from rosa_func import modules, samplers, targeting
+from rosa_func import modules, peft_names, samplers, targeting
 from rosa_func.cycle import check_options, split_all
+from rosa_func.extras import needs
 from rosa_func.files import converted, hub
 from rosa_func.modules import skeleton, some
 from rosa_func.patterns import Rank
@@ -32,6 +33,7 @@ def init_from(
     exclude: str | Iterable[str] = (),
     exact: bool | None = None,
     dtype: torch.dtype | None = None,
+    **others: NoReturn,
 ) -> tuple[nn.Module, TensorDict]:
     """Do what `init` does, reading the weights of a transformers checkpoint one by one.
 
@@ -55,6 +57,7 @@ def init_from(
         exclude: see `init`.
         exact: see `init`.
         dtype: of the floating-point weights; None for that of the files.
+        others: none, as in `init`.
 
     Returns:
         The weightless model, in eval mode, to be passed to `call`, and the state, both on the CPU:
@@ -78,6 +81,7 @@ def init_from(
         >>> rosa_func.call(model, state, torch.tensor([[1, 2]])).logits.shape
         torch.Size([1, 2, 9])
     """
+    peft_names.refuse(others)
     check_options(key, sampler, exact)
     if dtype is not None and dtype not in _DTYPES.values():
         known = ", ".join(str(known) for known in _DTYPES.values())
@@ -117,7 +121,8 @@ class _Files:
     """The tensors of a checkpoint folder, by name, read when asked for."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
-        from safetensors import safe_open
+        with needs("trainer"):
+            from safetensors import safe_open
 
         self._folder, self._file_of = folder, {}
         for path in _files_in(folder):
@@ -222,7 +227,8 @@ _DTYPES = {
 
 def _weightless(folder: Path, dtype: torch.dtype) -> nn.Module:
     """Build the model of the folder's config with its parameters on the meta device from birth."""
-    import transformers
+    with needs("trainer"):
+        import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)
     model_class: Any = getattr(transformers, (config.architectures or ["(none)"])[0], None)

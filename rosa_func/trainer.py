@@ -1,15 +1,19 @@
-"""Resampling as a callback of the transformers `Trainer`. Needs transformers."""
+"""Resampling as a callback of the transformers `Trainer`. Needs the extra `trainer`."""
 
+from importlib import import_module
 from typing import Any
-
-from transformers import TrainerCallback
-from transformers.utils import logging
 
 from rosa_func import samplers
 from rosa_func._slots import check_moments
+from rosa_func.extras import needs
 from rosa_func.keys import check_key, fold_in
 from rosa_func.module import RosaModule
 from rosa_func.samplers import Sampler, check_sampler
+
+with needs("trainer"):
+    import_module("accelerate")  # what the Trainer asks for, later and less clearly
+    from transformers import TrainerCallback
+    from transformers.utils import logging
 
 _logger = logging.get_logger(__name__)
 

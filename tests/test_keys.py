@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,7 +71,14 @@ class TestFoldIn:
         if (key, data) != (other, other_data):
             assert rosa_func.fold_in(key, *data) != rosa_func.fold_in(other, *other_data)
 
-    @pytest.mark.parametrize("key", [True, "0", 0.0, None, torch.tensor(0)])
+    @given(st.integers(-(2**31), 2**31 - 1), st.sampled_from([np.int32, np.int64]))
+    def test_an_integer_of_numpy_is_the_key_that_it_is_equal_to(self, key, kind):
+        """`init(model, key=rng.integers(9))` was refused: a key is an int."""
+        assert rosa_func.fold_in(kind(key), kind(key)) == rosa_func.fold_in(key, key)
+
+    @pytest.mark.parametrize(
+        "key", [True, "0", 0.0, None, torch.tensor(0), np.bool_(True), np.float64(0), np.array(0)]
+    )
     def test_fold_in_refuses_a_key_that_is_not_an_int(self, key):
         with pytest.raises(TypeError, match="a key is an int, got"):
             rosa_func.fold_in(key)

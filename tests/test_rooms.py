@@ -28,7 +28,7 @@ EVERY_FILE = pytest.mark.parametrize("file", TREES)
 # Packages that are needed for some functions only, and imported in them.
 OPTIONAL = {"huggingface_hub", "safetensors", "transformers"}
 # Of what is not in files/ itself: the lowest rooms, which know nothing of states.
-BELOW_FILES = {"rosa_func._torch", "rosa_func.keys", "rosa_func.modules"}
+BELOW_FILES = {"rosa_func._torch", "rosa_func.extras", "rosa_func.keys", "rosa_func.modules"}
 BRANCHES = {"frozen", "trainable", "input_dim", "fixed", "compensation", "model_dtype"}
 # Names with an underscore that are not torch's: those of every NamedTuple, and one of transformers.
 NOT_TORCHS = {"_asdict", "_fields", "_make", "_replace", "_from_config"}
@@ -163,6 +163,13 @@ class TestDocstrings:
         named = re.findall(r"`([a-z_.]+)`", text)
         others = [PUBLIC.get(f"{place}.{name}" if place else name) for name in named]
         assert ">>>" in text or any(">>>" in (other.__doc__ or "") for other in others if other)
+
+    @EVERY_PUBLIC_NAME
+    def test_arguments_are_all_documented_where_some_are(self, path: str):
+        text = PUBLIC[path].__doc__ or ""
+        _, _, arguments = text.partition("Args:\n")
+        for name in inspect.signature(PUBLIC[path]).parameters if arguments else ():
+            assert re.search(rf"^ +{name}: ", arguments, re.MULTILINE), name
 
     @EVERY_PUBLIC_NAME
     def test_every_method_of_a_public_class_has_a_docstring(self, path: str):

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rosa_func.extras import needs
 from rosa_func.files import nested
 
 _VERSION = 1
@@ -19,7 +20,8 @@ def write(path: Path, content: dict[str, Any]) -> None:
         TypeError: if something cannot be written (its path is named).
         FileNotFoundError: if the folder is not there.
     """
-    from safetensors.torch import save_file
+    with needs("checkpoint"):
+        from safetensors.torch import save_file
 
     structure, tensors = nested.flatten(content)
     tensors = _apart(tensors)
@@ -44,7 +46,8 @@ def read(path: Path) -> dict[str, Any]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is truncated, altered, of a later version, or not one of `write`.
     """
-    from safetensors import SafetensorError
+    with needs("checkpoint"):
+        from safetensors import SafetensorError
 
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")

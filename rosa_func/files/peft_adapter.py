@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rosa_func.extras import needs
 from rosa_func.files import hub
 
 PREFIX = "base_model.model."
@@ -25,7 +26,8 @@ def write_adapter(
     folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], card: str
 ) -> None:
     """Write the files; the folder is made if need be, and a README.md that is there stays."""
-    from safetensors.torch import save_file
+    with needs("checkpoint"):
+        from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
@@ -42,7 +44,8 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read config and tensors, and refuse what is more than plain LoRA."""
-    from safetensors.torch import load_file
+    with needs("checkpoint"):
+        from safetensors.torch import load_file
 
     config = json.loads((folder / _CONFIG).read_text())
     more = [f"{option}={config[option]!r}" for option in _MORE if config.get(option)]
