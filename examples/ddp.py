@@ -1,9 +1,9 @@
 """ROSA under DistributedDataParallel: the processes share each resample.
 
-    python examples/ddp.py [--processes 2] [--short] [--cache DIR]
-    torchrun --nproc-per-node 2 examples/ddp.py [--short] [--cache DIR]
+    python -m examples.ddp [--processes 2] [--short] [--cache DIR]
+    torchrun --nproc-per-node 2 -m examples.ddp [--short] [--cache DIR]
 
-Adapts the base model of quickstart.py (trained once, and cached) to source code, with the batch
+Adapts the base model of the quickstart (trained once, and cached) to source code, with the batch
 split over the processes. The first command starts them itself, on this machine; torchrun starts
 them on several as well, and prints a traceback of its own when it is interrupted. With gloo, so on
 CPUs; change the backend for others.
@@ -22,8 +22,11 @@ from threading import RLock
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from option_types import folder, positive
-from quickstart import (
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import rosa_func
+from examples.quickstart import (
     RATES,
     SHORT,
     TARGETS,
@@ -36,10 +39,7 @@ from quickstart import (
     schedule,
     total_nll,
 )
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
-
-import rosa_func
+from examples.shared.options import folder, positive
 from rosa_func import distributed
 from rosa_func.module import RosaModule
 

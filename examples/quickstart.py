@@ -1,6 +1,6 @@
 """From nothing to a fine-tuned, merged model: no network, no download, minutes on two cores.
 
-    python examples/quickstart.py [--short] [--cache DIR] [--out DIR]
+    python -m examples.quickstart [--short] [--cache DIR] [--out DIR]
 
 1. Train a small stock GPT-2 on prose that every Python installation carries (once: it is cached).
 2. Adapt it to source code of the standard library: full fine-tuning, LoRA and ROSA, with the same
@@ -24,9 +24,7 @@ from typing import NamedTuple
 import matplotlib
 import torch
 import torch.nn.functional as F
-from made_once import made_once
 from matplotlib.ticker import LogLocator
-from option_types import folder
 from tensordict import TensorDict
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor
@@ -35,6 +33,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
 import rosa_func
+from examples.shared.caching import made_once
+from examples.shared.options import folder
 from rosa_func import samplers
 
 END = "<|endoftext|>"  # between two documents

@@ -1,8 +1,8 @@
 """ROSA with the transformers `Trainer`: resampled by a callback, resumable, exported.
 
-    python examples/trainer.py [--short] [--every STEPS] [--resume] [--cache DIR] [--out DIR]
+    python -m examples.trainer [--short] [--every STEPS] [--resume] [--cache DIR] [--out DIR]
 
-Adapts the base model of quickstart.py (trained once, and cached) to source code.
+Adapts the base model of the quickstart (trained once, and cached) to source code.
 """
 
 import argparse
@@ -12,13 +12,22 @@ import sys
 from typing import Any
 
 import torch
-from option_types import folder, positive
-from quickstart import BATCH, RATES, SHORT, TARGETS, Base, Budget, base_and_task, cached_base
 from torch import Tensor
 from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 import rosa_func
+from examples.quickstart import (
+    BATCH,
+    RATES,
+    SHORT,
+    TARGETS,
+    Base,
+    Budget,
+    base_and_task,
+    cached_base,
+)
+from examples.shared.options import folder, positive
 from rosa_func.module import RosaModule
 from rosa_func.trainer import ResampleCallback
 

@@ -24,8 +24,8 @@ from models import seeded
 from references import state_bytes
 from rosa_func import checkpoint
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-FINETUNE = EXAMPLES / "finetune.py"
+ROOT = Path(__file__).parents[1]  # where the examples are run from
+FINETUNE = [sys.executable, "-m", "examples.finetune"]
 
 
 class ScriptEnd(NamedTuple):
@@ -39,16 +39,14 @@ class ScriptEnd(NamedTuple):
 RunExample = Callable[..., ScriptEnd]
 
 
-@pytest.fixture
-def import_example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Import an example by name, as the examples import each other."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module
+def import_example(name: str) -> ModuleType:
+    """Import what `python -m examples.NAME` runs."""
+    main = ".__main__" if (ROOT / "examples" / name).is_dir() else ""
+    return importlib.import_module(f"examples.{name}{main}")
 
 
 @pytest.fixture
 def run_example(
-    import_example: Callable[[str], ModuleType],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> RunExample:
@@ -105,9 +103,11 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_finetune(data_folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(FINETUNE), "--model", str(data_folder / "model"), "--steps", "6"]
+    command = [*FINETUNE, "--model", str(data_folder / "model"), "--steps", "6"]
     command += ["--data", str(data_folder), "--eval-every", "3", "--out", str(data_folder / "out")]
-    return subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [*command, *options], cwd=ROOT, capture_output=True, text=True, check=False
+    )
 
 
 def options_of_a_step(data_folder: Path, out: str, *options: object) -> list[object]:
@@ -191,7 +191,6 @@ def test_finetune_checks_its_data_before_it_loads_a_model(
 
 def test_finetune_says_in_one_line_that_the_hub_gives_no_data(
     run_example: RunExample,
-    import_example: Callable[[str], ModuleType],
     monkeypatch: pytest.MonkeyPatch,
 ):
     def unreachable(*_: object) -> None:
@@ -294,16 +293,17 @@ def test_a_killed_finetune_goes_on_with_the_same_bits(data_folder: Path):
     whole, parts = data_folder / "whole", data_folder / "parts"
     assert run_finetune(data_folder, *options, "--out", str(whole)).returncode == 0
     name = "e2e-model-rosa-random-r2-s0"
-    command = [sys.executable, str(FINETUNE), "--model", str(data_folder / "model"), *options]
+    command = [*FINETUNE, "--model", str(data_folder / "model"), *options]
     command += ["--data", str(data_folder), "--eval-every", "3", "--out", str(parts), "--resume"]
     for kill_at in (2, 5):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with subprocess.Popen(command, cwd=ROOT, **pipes) as run:
             while not logged_steps(parts / f"{name}.jsonl") >= kill_at:
                 assert run.poll() is None, run.stdout and run.stdout.read()
                 time.sleep(0.002)
             run.kill()
     assert 5 <= logged_steps(parts / f"{name}.jsonl") < 12
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     one, other = (records_without_times(out / f"{name}.jsonl") for out in (whole, parts))
     assert one == other
@@ -337,7 +337,6 @@ def test_trainer_refuses_an_interval_of_no_steps(run_example: RunExample):
 
 def test_trainer_resumes_from_a_checkpoint_or_says_that_there_is_none(
     run_example: RunExample,
-    import_example: Callable[[str], ModuleType],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ):
@@ -355,7 +354,6 @@ def test_trainer_resumes_from_a_checkpoint_or_says_that_there_is_none(
 @pytest.mark.parametrize(("name", "inner"), [("quickstart", "run"), ("trainer", "train")])
 def test_an_interrupted_example_prints_one_line(
     run_example: RunExample,
-    import_example: Callable[[str], ModuleType],
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     inner: str,
@@ -381,7 +379,7 @@ def test_trainer_warns_of_nothing(run_example: RunExample, tmp_path: Path):
 
 
 def test_the_benchmark_of_a_call_times_every_contender(run_example: RunExample):
-    done = run_example("benchmark_overhead", "--short")
+    done = run_example("benchmark.overhead", "--short")
     assert done.code == 0
     printed = {line.split()[0] for line in done.out.splitlines()}
     assert {"plain", "peft", "call", "bind", "bound", "call/peft"} <= printed
@@ -390,9 +388,9 @@ def test_the_benchmark_of_a_call_times_every_contender(run_example: RunExample):
 
 def test_ddp_starts_its_processes_and_ends_all_of_them_in_one_line_when_interrupted(tmp_path: Path):
     """Ctrl-C in a terminal goes to the whole group of processes."""
-    command = [sys.executable, "-u", str(EXAMPLES / "ddp.py"), "--short", "--cache", str(tmp_path)]
+    command = [sys.executable, "-u", "-m", "examples.ddp", "--short", "--cache", str(tmp_path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes, start_new_session=True) as run:
+    with subprocess.Popen(command, cwd=ROOT, **pipes, start_new_session=True) as run:
         assert run.stdout is not None
         said = iter(run.stdout.readline, "")
         assert any(line.startswith("base model: cached in") for line in said)  # by one of them
@@ -414,9 +412,7 @@ def test_examples_refuse_a_file_where_a_folder_is_expected(run_example: RunExamp
     assert f"expected a folder, and {__file__} is a file" in done.err.splitlines()[-1]
 
 
-def test_the_figure_of_quickstart_has_plain_numbers(
-    import_example: Callable[[str], ModuleType], tmp_path: Path
-):
+def test_the_figure_of_quickstart_has_plain_numbers(tmp_path: Path):
     quickstart = import_example("quickstart")
     curves = {name: [(0, 340.0), (8, 180.0 - i)] for i, name in enumerate("abc")}
     results = {name: SimpleNamespace(curve=curve) for name, curve in curves.items()}

@@ -185,7 +185,7 @@ class TestLines:
 def cut_theorem(folder: Path, steps: int) -> list[str]:
     """Write `theorem` cut to a few cells of that many steps; return the command that runs it."""
     source = (
-        (plan.FOLDER / "theorem.toml")
+        (plan.SPECS / "theorem.toml")
         .read_text()
         .replace("seeds = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]", "seeds = [0, 1]")
     )

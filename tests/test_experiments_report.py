@@ -153,7 +153,7 @@ class TestReport:
         shown = []
         monkeypatch.setattr(figures.plt, "close", lambda d: shown.append(d.axes[0]))
         e = plan.load(name)
-        figures.draw(e.figures[0], e, report.gather(e, plan.FOLDER / "results"), tmp_path)
+        figures.draw(e.figures[0], e, report.gather(e, plan.RESULTS), tmp_path)
         low, high = shown[0].get_xlim()
         ends = [x for bar in shown[0].containers for x in bar.lines[1]]
         assert ends and all(low < cap.get_xdata()[0] < high for cap in ends)
@@ -218,7 +218,7 @@ class TestReport:
 
 
 def test_results_in_another_folder_do_not_go_into_the_published_page(tmp_path):
-    published = plan.FOLDER / "results"
+    published = plan.RESULTS
     own_page = tmp_path / "p.md"
     assert report.places(published, None, None, True) == (PAGE, PAGE.parent / "figures")
     for results, own_files in ((tmp_path, True), (published, False)):
@@ -229,10 +229,10 @@ def test_results_in_another_folder_do_not_go_into_the_published_page(tmp_path):
 PAGE = plan.FOLDER / "RESULTS.md"
 
 
-@pytest.mark.parametrize("name", report.placed(PAGE, plan.names(plan.FOLDER)))
+@pytest.mark.parametrize("name", report.placed(PAGE, plan.names()))
 def test_the_page_has_the_table_of_the_published_lines(name):
     experiment = plan.load(name)
-    text = report.table(experiment, report.gather(experiment, plan.FOLDER / "results"))
+    text = report.table(experiment, report.gather(experiment, plan.RESULTS))
     assert f"<!-- {name} -->\n{text}\n<!-- end of {name} -->" in PAGE.read_text(encoding="utf-8")
 
 
@@ -246,7 +246,7 @@ def test_each_figure_of_the_page_is_one_of_a_file_and_the_other_way_round():
     linked = set(re.findall(r"\(figures/(.+?)\.png\)", PAGE.read_text(encoding="utf-8")))
     drawn = {
         figures.stem(figure, plan.load(name))
-        for name in report.placed(PAGE, plan.names(plan.FOLDER))
+        for name in report.placed(PAGE, plan.names())
         for figure in plan.load(name).figures
     }
     assert linked == drawn == {path.stem for path in (plan.FOLDER / "figures").glob("*.png")}

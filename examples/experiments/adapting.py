@@ -9,11 +9,10 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 import rosa_func
+from examples.experiments import draws
+from examples.experiments.plan import Cell, Method
+from examples.experiments.task import Metrics, Task
 from rosa_func.samplers import Sampler
-
-from . import draws
-from .plan import Cell, Method
-from .task import Metrics, Task
 
 GRADIENT_BATCHES = 4  # for the draws that look at the gradient
 PRUNED = 0.9  # of the moments, where they are pruned; ReLoRA's choice

@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from ..finetune_data import rate_at
-from ..made_once import made_once
-from . import corpora
+from examples.experiments import corpora
+from examples.shared.caching import made_once
+from examples.shared.text import rate_at
 
 
 def settings(name: str) -> dict[str, Any]:

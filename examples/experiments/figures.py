@@ -11,8 +11,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from . import plan, report
-from .report import Result
+from examples.experiments import plan, report
+from examples.experiments.report import Result
 
 MARKERS = "osD^vPX*<>" * 9
 

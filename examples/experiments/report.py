@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from scipy.stats import t as student
 
-from . import plan, records
+from examples.experiments import plan, records
 
 NAMES = {
     "loss": "NLL",
@@ -254,7 +254,7 @@ def places(
 
     The published page has the tables of the published lines, by the files as they are, alone.
     """
-    published = own_files and results.resolve() == (plan.FOLDER / "results").resolve()
+    published = own_files and results.resolve() == plan.RESULTS.resolve()
     page = page or (plan.FOLDER / "RESULTS.md" if published else None)
     return page, figures or (page.parent if page else results) / "figures"
 
@@ -279,7 +279,7 @@ def place(page: Path, name: str, text: str) -> None:
 
 def write(experiment: plan.Experiment, results: Path, figures: Path, page: Path | None) -> str:
     """Draw the figures, put the table into the page where it has a place for it, return it."""
-    from . import figures as drawing
+    from examples.experiments import figures as drawing
 
     found = gather(experiment, results)
     text = table(experiment, found)

@@ -29,14 +29,14 @@ def load(setting: dict[str, Any], seed: int, data: Path | None, cache: Path) -> 
     """Return the task of an experiment; the seed is that of a new head."""
     kind, _, name = setting["task"].partition("/")
     if kind == "regression":
-        from . import regression
+        from examples.experiments import regression
 
         return regression.load(name, setting, seed)
     if kind == "glue":
-        from . import glue
+        from examples.experiments import glue
 
         return glue.load(name, setting, seed, data)
-    from . import text
+    from examples.experiments import text
 
     return text.load(kind, setting, data, cache)
 

@@ -12,11 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import rosa_func
-
-from .. import finetune_data as shared
-from ..made_once import made_once
-from . import base, corpora
-from .task import Forward, Metrics, Task, digest
+from examples.experiments import base, corpora
+from examples.experiments.task import Forward, Metrics, Task, digest
+from examples.shared import text as shared
+from examples.shared.caching import made_once
 
 Batch = dict[str, Tensor]
 Examples = list[shared.Example]
@@ -30,7 +29,7 @@ def load(kind: str, setting: dict[str, Any], data: Path | None, cache: Path) -> 
     }
     generate = None
     if setting.get("generate"):
-        from . import generation
+        from examples.experiments import generation
 
         generate = partial(generation.score, tokenizer=tokenizer, setting=setting, data=data)
 

@@ -14,14 +14,13 @@ from tensordict import TensorDict
 from torch import nn
 
 import rosa_func
-
-from .. import machine
-from ..finetune_data import rate_at
-from ..peak_memory import peak_memory_of_this_process, reset_peak_memory
-from .adapting import Run, cycle_starts
-from .plan import Cell
-from .records import Line
-from .task import Task
+from examples.experiments.adapting import Run, cycle_starts
+from examples.experiments.plan import Cell
+from examples.experiments.records import Line
+from examples.experiments.task import Task
+from examples.shared import machine
+from examples.shared.peak_memory import peak_memory_of_this_process, reset_peak_memory
+from examples.shared.text import rate_at
 
 WARM_UP = 3  # steps of a cost cell that are not timed
 

@@ -1,11 +1,10 @@
-"""Peak memory of training, each time in a fresh process: a part of benchmark.py."""
+"""Peak memory of training, each time in a fresh process: a part of speed.py."""
 
 import json
-import subprocess
 import sys
 from functools import partial
 
-from benchmark_contenders import (
+from examples.benchmark.contenders import (
     CONTENDERS,
     Settings,
     Times,
@@ -15,7 +14,8 @@ from benchmark_contenders import (
     tokens,
     train_step,
 )
-from peak_memory import peak_memory_of_this_process
+from examples.benchmark.fresh_process import in_a_process
+from examples.shared.peak_memory import peak_memory_of_this_process
 
 
 def memory(s: Settings) -> Times:
@@ -28,10 +28,7 @@ def memory(s: Settings) -> Times:
 
 def _measure(name: str, s: Settings) -> dict[str, float]:
     job = json.dumps([name, s.model, s.ranks[0], s.batches[0]])
-    done = subprocess.run([sys.executable, __file__, job], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the process that trains {name} failed:\n{done.stderr}")
-    return json.loads(done.stdout)
+    return in_a_process("examples.benchmark.memory", job)
 
 
 def _train(name: str, model: dict[str, int], rank: int, size: list[int]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """What a state costs on disk and in memory: a table, each figure of memory in a fresh process.
 
-    python examples/sizes.py [--short]
+    python -m examples.benchmark.sizes [--short]
 
 1. Disk: the whole state of GPT-2 small against the change alone, after five cycles at rank 8.
 2. Loading: `init_from` on a model of SmolLM2-135M's size, its peak above the state that it returns.
@@ -9,20 +9,19 @@
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_contenders import gpt2, rosa, tokens, train_step
-from peak_memory import peak_memory_of_this_process
 from tensordict import TensorDict
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rosa_func
+from examples.benchmark.contenders import gpt2, rosa, tokens, train_step
+from examples.benchmark.fresh_process import in_a_process
+from examples.shared.peak_memory import peak_memory_of_this_process
 from rosa_func import checkpoint
 
 RANK, CYCLES, STEPS = 8, 5, 2
@@ -80,7 +79,7 @@ def loading(config: dict[str, int]) -> list[str]:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder)
-        result = in_a_process("load", folder)
+        result = apart("load", folder)
     return [
         f"init_from: state {result['state']:.0f} MiB, peak above it {result['above']:.0f} MiB "
         f"(limit 64), {result['seconds']:.1f} s"
@@ -89,7 +88,7 @@ def loading(config: dict[str, int]) -> list[str]:
 
 def checkpointing(sizes: dict[str, int], batch: tuple[int, int]) -> list[str]:
     """Compare training with and without gradient checkpointing."""
-    plain, again = (in_a_process("train", sizes, batch, used) for used in (False, True))
+    plain, again = (apart("train", sizes, batch, used) for used in (False, True))
     return [
         f"gradient checkpointing, {batch[0]} x {batch[1]} tokens: peak above the start "
         f"{again['above']:.0f} instead of {plain['above']:.0f} MiB, "
@@ -97,13 +96,9 @@ def checkpointing(sizes: dict[str, int], batch: tuple[int, int]) -> list[str]:
     ]
 
 
-def in_a_process(what: str, *args: Any) -> dict[str, float]:
+def apart(what: str, *args: Any) -> dict[str, float]:
     """Run `load` or `train` in a fresh process."""
-    command = [sys.executable, __file__, "--work", json.dumps([what, *args])]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"the process for {what} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return in_a_process("examples.benchmark.sizes", "--work", json.dumps([what, *args]))
 
 
 def load(folder: str) -> dict[str, float]:

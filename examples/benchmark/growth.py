@@ -1,10 +1,15 @@
-"""How ROSA's step and resample grow with width and with rank: a part of benchmark.py."""
+"""How ROSA's step and resample grow with width and with rank: a part of speed.py."""
 
 from functools import partial
 from pathlib import Path
 
 import torch
-from benchmark_contenders import (
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+import rosa_func
+from examples.benchmark.contenders import (
     Settings,
     Times,
     gpt2,
@@ -14,11 +19,6 @@ from benchmark_contenders import (
     tokens,
     train_step,
 )
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
-
-import rosa_func
 
 
 def growth(s: Settings) -> dict[str, Times]:

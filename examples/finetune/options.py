@@ -1,4 +1,4 @@
-"""The command line of finetune.py, and the names of the files that a run writes."""
+"""The command line, and the names of the files that a run writes."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from option_types import at_least, folder, not_negative, positive, positive_number
+from examples.shared.options import at_least, folder, not_negative, positive, positive_number
 
 RATES = {"full": 1e-4, "lora": 1e-3, "rosa": 1e-3}
 SAMPLERS = ["random", "top", "bottom", "projection", "lora", "additive"]
@@ -17,6 +17,7 @@ NO_MATTER = ("out", "resume", "save_every")  # to the result
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
+        "python -m examples.finetune",
         description="Fine-tune a causal language model on E2E or ELI5: full, LoRA or ROSA.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -1,7 +1,7 @@
 """Time and memory of training the experts of a Mixtral, beside peft's `target_parameters`.
 
-    python examples/benchmark_experts.py             # several minutes on 2 cores
-    python examples/benchmark_experts.py --short     # a tiny model: does it run?
+    python -m examples.benchmark.experts             # several minutes on 2 cores
+    python -m examples.benchmark.experts --short     # a tiny model: does it run?
 
 The model is a wide Mixtral of two layers by config, with random weights, float32. Its experts are
 3-D parameters (`mlp.experts.gate_up_proj`, `mlp.experts.down_proj`), and transformers computes them
@@ -24,8 +24,6 @@ import copy
 import gc
 import json
 import os
-import subprocess
-import sys
 import warnings
 from functools import partial
 from statistics import median
@@ -34,7 +32,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
-from benchmark_contenders import (
+from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import rosa_func
+from examples.benchmark.contenders import (
     Contender,
     Times,
     adamw,
@@ -46,13 +48,10 @@ from benchmark_contenders import (
     train_step,
     trainable_values,
 )
-from machine import cpu
-from option_types import positive
-from peak_memory import peak_memory_of_this_process, reset_peak_memory
-from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM
-
-import rosa_func
+from examples.benchmark.fresh_process import in_a_process
+from examples.shared.machine import cpu
+from examples.shared.options import positive
+from examples.shared.peak_memory import peak_memory_of_this_process, reset_peak_memory
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -168,17 +167,10 @@ def loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def memory(job: Job, s: Settings) -> Times:
     """Measure each contender in processes of its own, in turn."""
-    work = {name: partial(in_a_process, job._replace(name=name)) for name in CONTENDERS}
+    module = "examples.benchmark.experts"
+    jobs = {name: json.dumps(job._replace(name=name)) for name in CONTENDERS}
+    work = {name: partial(in_a_process, module, "--measure", of) for name, of in jobs.items()}
     return interleave(work, s.repeats, 0, f"peak memory, {job.implementation}")
-
-
-def in_a_process(job: Job) -> dict[str, float]:
-    """Measure a contender in a fresh process."""
-    command = [sys.executable, __file__, "--measure", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the process that trains {job.name} failed:\n{done.stderr}")
-    return json.loads(done.stdout)
 
 
 def measure(job: Job) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Speed and memory of ROSA on GPT-2 small, beside full fine-tuning and `peft` LoRA.
 
-    python examples/benchmark.py            # about 20 minutes on 2 cores
-    python examples/benchmark.py --short    # a tiny model, under a minute: does it run?
+    python -m examples.benchmark.speed            # about 20 minutes on 2 cores
+    python -m examples.benchmark.speed --short    # a tiny model, under a minute: does it run?
 
 The model is GPT-2 small by config, with random weights (speed does not depend on them), float32,
 dropout 0 so that no random masks are timed, and AdamW without weight decay. All contenders of a
@@ -25,7 +25,9 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from benchmark_contenders import (
+
+import rosa_func
+from examples.benchmark.contenders import (
     CONTENDERS,
     FULL,
     TINY,
@@ -40,13 +42,11 @@ from benchmark_contenders import (
     train_step,
     trainable_values,
 )
-from benchmark_growth import growth, plot
-from benchmark_memory import memory
-from benchmark_resample import resample
-from machine import cpu
-from option_types import positive
-
-import rosa_func
+from examples.benchmark.growth import growth, plot
+from examples.benchmark.memory import memory
+from examples.benchmark.resample import resample
+from examples.shared.machine import cpu
+from examples.shared.options import positive
 
 Target = tuple[str, float] | None
 NAMES = {"full": "full FT", "peft": "peft LoRA", "rosa": "ROSA", "frozen": "frozen model"}

@@ -1,10 +1,13 @@
-"""What a resample takes beside SVDs, and what it cannot take less than: a part of benchmark.py."""
+"""What a resample takes beside SVDs, and what it cannot take less than: a part of speed.py."""
 
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from benchmark_contenders import (
+from torch import Tensor
+
+import rosa_func
+from examples.benchmark.contenders import (
     Settings,
     Times,
     gpt2,
@@ -14,9 +17,6 @@ from benchmark_contenders import (
     tokens,
     train_step,
 )
-from torch import Tensor
-
-import rosa_func
 from rosa_func.weight.parallel import map_weights
 
 

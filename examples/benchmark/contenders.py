@@ -1,4 +1,4 @@
-"""What examples/benchmark.py compares, at what size, and how it takes times."""
+"""What the benchmarks compare, at what size, and how it takes times."""
 
 import gc
 import warnings

@@ -1,7 +1,7 @@
 """Fine-tune a causal language model on E2E or ELI5: full, LoRA or ROSA in one custom loop.
 
-    python examples/finetune.py --task e2e --model gpt2 --method rosa --rank 16
-    python examples/finetune.py --task e2e --data DIR --model smollm2 --method lora --rank 8
+    python -m examples.finetune --task e2e --model gpt2 --method rosa --rank 16
+    python -m examples.finetune --task e2e --data DIR --model smollm2 --method lora --rank 8
 
 Prints perplexity, the exponential of the total negative log-likelihood over the total number of
 tokens, with dropout off and on the reference (the answer) only; the best step is chosen on dev and
@@ -21,7 +21,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from finetune_data import (
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch.func import functional_call
+from tqdm import tqdm
+
+import rosa_func
+from examples.finetune.options import (
+    RATES,
+    deciding,
+    files,
+    label,
+    logged,
+    parse,
+    refuse_other,
+    set_aside,
+)
+from examples.shared.text import (
     Example,
     batches,
     collate,
@@ -31,13 +47,6 @@ from finetune_data import (
     rate_at,
     sample,
 )
-from finetune_options import RATES, deciding, files, label, logged, parse, refuse_other, set_aside
-from tensordict import TensorDict
-from torch import Tensor, nn
-from torch.func import functional_call
-from tqdm import tqdm
-
-import rosa_func
 
 SPLITS = ("train", "dev", "test")
 PROGRESS = ("step", "seconds", "cycle", "best")

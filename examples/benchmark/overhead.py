@@ -1,7 +1,7 @@
 """What an adapted forward pass costs in Python: many layers, hardly any arithmetic.
 
-    python examples/benchmark_overhead.py            # under a minute
-    python examples/benchmark_overhead.py --short    # fewer layers and rounds: does it run?
+    python -m examples.benchmark.overhead            # under a minute
+    python -m examples.benchmark.overhead --short    # fewer layers and rounds: does it run?
 
 The model is a Llama of 32 layers by config, but 64 wide, and it reads 8 tokens without gradients
 and without a cache. So the products take little of the time, and what is left is what each of
@@ -28,14 +28,14 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-from benchmark_contenders import Work, clocked, interleave, peft
-from machine import cpu
-from option_types import positive
 from tensordict import TensorDict
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rosa_func
+from examples.benchmark.contenders import Work, clocked, interleave, peft
+from examples.shared.machine import cpu
+from examples.shared.options import positive
 
 RANK, TOKENS, WARMUP = 8, 8, 3
 LAYERS, ROUNDS = 32, 30
