@@ -18,7 +18,7 @@ GRADIENT_BATCHES = 4  # for the draws that look at the gradient
 PRUNED = 0.9  # of the moments, where they are pruned; ReLoRA's choice
 
 
-class Run:
+class Adaptation:
     """The state of a method and its optimizer. The task's own model is not held."""
 
     def __init__(self, task: Task, cell: Cell) -> None:

@@ -100,14 +100,7 @@ def loss(forward: Forward, batch: Batch) -> Tensor:
     return nll(forward, batch) / (batch["labels"] != -100).sum()
 
 
-@torch.no_grad()
 def evaluate(forward: Forward, rows: Examples) -> Metrics:
     """Return the NLL of a token, over all tokens alike, its perplexity, and the bits of a token."""
-    rows = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))  # little padding
-    total, tokens = 0.0, 0
-    for start in range(0, len(rows), 16):
-        batch = shared.collate(rows[start : start + 16])
-        total += nll(forward, batch).item()
-        tokens += int((batch["labels"] != -100).sum())
-    mean = total / tokens
+    mean = shared.mean_nll(partial(nll, forward), shared.by_length(rows))
     return {"loss": mean, "ppl": math.exp(min(mean, 700.0)), "bits": mean / math.log(2)}

@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from torch import nn
 
 import rosa_func
-from examples.experiments.adapting import Run, cycle_starts
+from examples.experiments.adapting import Adaptation, cycle_starts
 from examples.experiments.plan import Cell
 from examples.experiments.records import Line
 from examples.experiments.task import Task
@@ -39,7 +39,7 @@ def trained(cell: Cell, load: Callable[[], Task], tick: Callable[[], None]) -> I
     setting = cell.setting
     task = load()
     yield {"event": "start", **_described(cell, task)}
-    run = Run(task, cell)
+    run = Adaptation(task, cell)
     stream, seconds, loss = task.batches(cell.seed), 0.0, 0.0
     best, kept = math.inf, run.state
     resamples = set(cycle_starts(cell.method, cell.steps))
@@ -81,7 +81,7 @@ def cost(cell: Cell, load: Callable[[], Task], tick: Callable[[], None]) -> Iter
     before = peak_memory_of_this_process()
     task = load()
     yield {"event": "start", **_described(cell, task)}
-    run = Run(task, cell)
+    run = Adaptation(task, cell)
     del task  # and with it the model: its weights are in the state
     stream, times = run.batches(cell.seed), []
     reset_peak_memory()

@@ -16,6 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,11 @@ from examples.finetune.options import (
 from examples.shared.text import (
     Example,
     batches,
-    collate,
+    by_length,
     encode,
     load_model,
     load_rows,
+    mean_nll,
     rate_at,
     sample,
 )
@@ -62,16 +64,10 @@ def losses(forward: Forward, batch: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(logits[wanted].float(), batch["labels"][wanted], reduction="sum")
 
 
-@torch.no_grad()
 def evaluate(forward: Forward, examples: list[Example]) -> float:
     """Return the mean negative log-likelihood of a reference's token."""
-    examples = sorted(examples, key=lambda e: len(e[0]) + len(e[1]))  # little padding
-    total, tokens = 0.0, 0
-    for start in tqdm(range(0, len(examples), 16), "evaluate", leave=False):
-        batch = collate(examples[start : start + 16])
-        total += losses(forward, batch).item()
-        tokens += int((batch["labels"] != -100).sum())
-    return total / tokens
+    groups = tqdm(by_length(examples), "evaluate", leave=False)
+    return mean_nll(partial(losses, forward), groups)
 
 
 class Run:

@@ -1,9 +1,9 @@
-"""The text, tokenizer, batches and schedule of a fine-tuning run."""
+"""Text for a language model: rows, tokens, batches, the schedule, and the mean loss."""
 
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -84,6 +84,30 @@ def collate(examples: list[Example]) -> dict[str, Tensor]:
         mask[row, :end] = 1
         labels[row, len(prompt) - 1 : end - 1] = torch.tensor(reference)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def by_length(examples: list[Example]) -> list[list[Example]]:
+    """Return the examples in batches for an evaluation, with little padding."""
+    examples = sorted(examples, key=lambda e: len(e[0]) + len(e[1]))
+    return [examples[start : start + 16] for start in range(0, len(examples), 16)]
+
+
+@torch.no_grad()
+def mean_nll(
+    total_nll: Callable[[dict[str, Tensor]], Tensor], groups: Iterable[list[Example]]
+) -> float:
+    """Return the mean over all tokens with a label, from the sums over batches."""
+    total, tokens = 0.0, 0
+    for batch in map(collate, groups):
+        total += total_nll(batch).item()
+        tokens += int((batch["labels"] != -100).sum())
+    return total / tokens
+
+
+def in_blocks(rows: Iterable[list[int]], block: int) -> Tensor:
+    """Return the ids of all rows one after the other, cut into blocks: (blocks, block)."""
+    ids = torch.tensor([i for row in rows for i in row])
+    return ids[: len(ids) // block * block].view(-1, block)
 
 
 def batches(
