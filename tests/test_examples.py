@@ -1,16 +1,19 @@
 """The examples run as a user would run them, on data and a model made here."""
 
-import importlib
+import ast
+import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from graphlib import TopologicalSorter
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import NamedTuple
 
 import matplotlib
@@ -20,6 +23,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from cases import SAMPLER_NAMES
+from examples.shared.curves import Curve, plot
+from examples.shared.small_gpt2 import Base, Budget
 from models import seeded
 from references import state_bytes
 from rosa_func import checkpoint
@@ -100,6 +105,40 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     seeded(lambda: GPT2LMHeadModel(config)).save_pretrained(data_folder / "model")
     return data_folder
+
+
+def test_the_examples_import_each_other_in_one_way():
+    """Some found siblings by sys.path, and `figures` and `report` imported each other."""
+    graph: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "examples").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        graph[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}:{node.lineno}: an import is absolute"
+                graph[name] |= {str(node.module)}
+                graph[name] |= {f"{node.module}.{alias.name}" for alias in node.names}
+    siblings = {name.rpartition(".")[2] for name in graph}
+    for name, imported in graph.items():
+        assert not siblings & imported, f"{name} imports a sibling by sys.path"
+    own = {name: imported & graph.keys() for name, imported in graph.items()}
+    order = list(TopologicalSorter(own).static_order())  # or a CycleError that names it
+    assert set(order) == set(graph)
+
+
+def test_every_command_that_is_written_down_is_there_and_the_index_has_them_all():
+    sources = sorted((ROOT / "examples").rglob("*.py"))
+    pages = [ROOT / "README.md", ROOT / ".ci/run", *(ROOT / "examples").rglob("*.md"), *sources]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"(python|torchrun).* examples/\w+\.py", text), page
+        for name in re.findall(r"-m examples\.([a-z_.]*[a-z])", text):
+            assert importlib.util.find_spec(f"examples.{name}"), f"{page}: {name}"
+    index = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    for path in sources:
+        if "def main()" in path.read_text(encoding="utf-8"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            assert f"`python -m {name.removesuffix('.__main__')}" in index
 
 
 def run_finetune(data_folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -412,15 +451,39 @@ def test_examples_refuse_a_file_where_a_folder_is_expected(run_example: RunExamp
     assert f"expected a folder, and {__file__} is a file" in done.err.splitlines()[-1]
 
 
-def test_the_figure_of_quickstart_has_plain_numbers(tmp_path: Path):
-    quickstart = import_example("quickstart")
-    curves = {name: [(0, 340.0), (8, 180.0 - i)] for i, name in enumerate("abc")}
-    results = {name: SimpleNamespace(curve=curve) for name, curve in curves.items()}
-    quickstart.plot(results, tmp_path / "figure.png")
+def test_quickstart_compares_with_one_draw_and_says_what_its_table_shows_and_what_is_next(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    """The resampled ROSA stood alone and looked ahead; the last lines led nowhere."""
+    base, budget = Base(1, 16, 1, 300, 64, 2, 1), Budget(2, 8, 8, 2)
+    import_example("quickstart").run(base, budget, tmp_path, tmp_path)
+    curves = json.loads((tmp_path / "quickstart.json").read_text())
+    resamples = {name: curve["resamples"] for name, curve in curves.items()}
+    assert resamples == {"full": [], "lora": [], "one draw": [], "rosa": [1]}
+    points = [curves[name]["points"] for name in ("one draw", "rosa")]
+    assert points[0][:2] == points[1][:2]  # the first draw is the same
+    assert points[0][2] != points[1][2]
+    printed = capsys.readouterr().out
+    assert all(f"\n{name:8}" in printed for name in curves)
+    assert "one seed and a small model, so no ranking" in printed.replace("\n", " ")
+    last = printed[printed.index("Next:") :]
+    for name in re.findall(r"python -m examples\.(\w+)", last):
+        assert import_example(name).main
+    assert all((ROOT / path).is_file() for path in re.findall(r"\S+\.md", printed))
+
+
+def test_the_figure_of_quickstart_has_plain_numbers_and_marks_its_resamples(tmp_path: Path):
+    lines = {name: [(0, 340.0), (8, 180.0 - i)] for i, name in enumerate("abc")}
+    resamples = {"a": [], "b": [], "c": [3, 5]}
+    plot({n: Curve(1, 0.1, lines[n], resamples[n]) for n in lines}, "", tmp_path / "figure.png")
     axes = matplotlib.pyplot.gca()
     low, high = axes.get_ylim()
     ticks = zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
     shown = [label.get_text() for value, label in ticks if low <= value <= high]
     assert shown == ["200", "250", "300"]
     assert len(axes.get_yticks(minor=True)) == 0
+    marks = [line.get_xdata()[0] for line in axes.lines if len(set(line.get_xdata())) == 1]
+    assert marks == [3, 5]
+    named = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert named == ["a", "b", "c", "resamples of c"]
     matplotlib.pyplot.close()
