@@ -1,16 +1,15 @@
 """ROSA under DistributedDataParallel: the processes share each resample.
 
-    python examples/ddp.py [--processes 2] [--short] [--cache DIR]
-    torchrun --nproc-per-node 2 examples/ddp.py [--short] [--cache DIR]
+    python -m examples.ddp [--processes 2] [--short] [--cache DIR]
+    torchrun --nproc-per-node 2 -m examples.ddp [--short] [--cache DIR]
 
-Adapts the base model of quickstart.py (trained once, and cached) to source code, with the batch
+Adapts the base model of the quickstart (trained once, and cached) to source code, with the batch
 split over the processes. The first command starts them itself, on this machine; torchrun starts
 them on several as well, and prints a traceback of its own when it is interrupted. With gloo, so on
 CPUs; change the backend for others.
 """
 
 import argparse
-import math
 import os
 import signal
 import sys
@@ -22,24 +21,24 @@ from threading import RLock
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from option_types import folder, positive
-from quickstart import (
-    RATES,
-    SHORT,
-    TARGETS,
-    Base,
-    Budget,
-    base_and_task,
-    cached_base,
-    mean_nll,
-    progress,
-    schedule,
-    total_nll,
-)
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import rosa_func
+from examples.quickstart import RATES
+from examples.shared.options import folder, positive
+from examples.shared.small_gpt2 import (
+    SHORT,
+    TARGETS,
+    Base,
+    Budget,
+    base_and_data,
+    cached_base,
+    perplexity,
+    progress,
+    schedule,
+    total_nll,
+)
 from rosa_func import distributed
 from rosa_func.module import RosaModule
 
@@ -111,14 +110,14 @@ def adapt(base: Base, budget: Budget, cache: Path) -> None:
     if rank == 0:
         cached_base(base, cache)
     dist.barrier()
-    model, task = base_and_task(cached_base(base, cache), base, budget)
+    _, model, data = base_and_data(base, budget, cache)
 
     module = RosaModule(model, rosa_func.init(model, budget.rank, targets=TARGETS))
     distributed.check_equal(module.state)
     wrapped = DistributedDataParallel(module)
     optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.0)
-    with progress(f"{size} processes", task, hidden=rank > 0) as bar:
-        for epoch, batches in enumerate(schedule(task, RATES["rosa"])):
+    with progress(f"{size} processes", data, hidden=rank > 0) as bar:
+        for epoch, batches in enumerate(schedule(data, RATES["rosa"])):
             if epoch > 0:
                 module.resample(epoch, optimizer=optimizer)
                 distributed.check_equal(module.state)
@@ -136,8 +135,8 @@ def adapt(base: Base, budget: Budget, cache: Path) -> None:
                 bar.update(ids.numel())
     digest = distributed.check_equal(module.state)
     if rank == 0:
-        nll = mean_nll(lambda ids: module(ids).logits, task.held_out)
-        print(f"{size} processes, one state ({digest[:12]}): held-out ppl {math.exp(nll):.2f}")
+        ppl = perplexity(lambda ids: module(ids).logits, data.held_out)
+        print(f"{size} processes, one state ({digest[:12]}): held-out ppl {ppl:.2f}")
 
 
 if __name__ == "__main__":

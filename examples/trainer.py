@@ -1,8 +1,8 @@
 """ROSA with the transformers `Trainer`: resampled by a callback, resumable, exported.
 
-    python examples/trainer.py [--short] [--every STEPS] [--resume] [--cache DIR] [--out DIR]
+    python -m examples.trainer [--short] [--every STEPS] [--resume] [--cache DIR] [--out DIR]
 
-Adapts the base model of quickstart.py (trained once, and cached) to source code.
+Adapts the base model of the quickstart (trained once, and cached) to source code.
 """
 
 import argparse
@@ -12,13 +12,14 @@ import sys
 from typing import Any
 
 import torch
-from option_types import folder, positive
-from quickstart import BATCH, RATES, SHORT, TARGETS, Base, Budget, base_and_task, cached_base
 from torch import Tensor
 from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 import rosa_func
+from examples.quickstart import RATES
+from examples.shared.options import folder, positive
+from examples.shared.small_gpt2 import BATCH, SHORT, TARGETS, Base, Budget, base_and_data
 from rosa_func.module import RosaModule
 from rosa_func.trainer import ResampleCallback
 
@@ -51,7 +52,7 @@ class Bar(ProgressCallback):
 def train(args: argparse.Namespace, checkpoint: str | None) -> None:
     """Train, evaluate, export."""
     base, budget = SHORT if args.short else (Base(), Budget())
-    model, task = base_and_task(cached_base(base, args.cache), base, budget)
+    _, model, data = base_and_data(base, budget, args.cache)
 
     state = rosa_func.init(model, budget.rank, targets=TARGETS)
     module = RosaModule(model, state)
@@ -71,12 +72,12 @@ def train(args: argparse.Namespace, checkpoint: str | None) -> None:
     trainer = Trainer(
         module,
         arguments,
-        train_dataset=rows(task.train),
-        eval_dataset=rows(task.held_out),
+        train_dataset=rows(data.train),
+        eval_dataset=rows(data.held_out),
         callbacks=[ResampleCallback(args.every)],
     )
     trainer.remove_callback(ProgressCallback)
-    every = args.every or math.ceil(len(task.train) / BATCH)
+    every = args.every or math.ceil(len(data.train) / BATCH)
     trainer.add_callback(Bar(BATCH * base.block, every))
     trainer.train(resume_from_checkpoint=checkpoint)
     loss = trainer.evaluate()["eval_loss"]

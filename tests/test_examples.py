@@ -1,16 +1,19 @@
 """The examples run as a user would run them, on data and a model made here."""
 
-import importlib
+import ast
+import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from graphlib import TopologicalSorter
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import NamedTuple
 
 import matplotlib
@@ -20,12 +23,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from cases import SAMPLER_NAMES
+from examples.shared.curves import Curve, plot
+from examples.shared.small_gpt2 import Base, Budget
 from models import seeded
 from references import state_bytes
 from rosa_func import checkpoint
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-FINETUNE = EXAMPLES / "finetune.py"
+ROOT = Path(__file__).parents[1]  # where the examples are run from
+FINETUNE = [sys.executable, "-m", "examples.finetune"]
 
 
 class ScriptEnd(NamedTuple):
@@ -39,16 +44,14 @@ class ScriptEnd(NamedTuple):
 RunExample = Callable[..., ScriptEnd]
 
 
-@pytest.fixture
-def import_example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Import an example by name, as the examples import each other."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module
+def import_example(name: str) -> ModuleType:
+    """Import what `python -m examples.NAME` runs."""
+    main = ".__main__" if (ROOT / "examples" / name).is_dir() else ""
+    return importlib.import_module(f"examples.{name}{main}")
 
 
 @pytest.fixture
 def run_example(
-    import_example: Callable[[str], ModuleType],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> RunExample:
@@ -104,10 +107,46 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data_folder
 
 
+def test_the_examples_import_each_other_in_one_way():
+    """Some found siblings by sys.path, and `figures` and `report` imported each other."""
+    graph: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "examples").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        graph[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}:{node.lineno}: an import is absolute"
+                graph[name] |= {str(node.module)}
+                graph[name] |= {f"{node.module}.{alias.name}" for alias in node.names}
+    siblings = {name.rpartition(".")[2] for name in graph}
+    for name, imported in graph.items():
+        assert not siblings & imported, f"{name} imports a sibling by sys.path"
+    own = {name: imported & graph.keys() for name, imported in graph.items()}
+    order = list(TopologicalSorter(own).static_order())  # or a CycleError that names it
+    assert set(order) == set(graph)
+
+
+def test_every_command_that_is_written_down_is_there_and_the_index_has_them_all():
+    sources = sorted((ROOT / "examples").rglob("*.py"))
+    pages = [ROOT / "README.md", ROOT / ".ci/run", *(ROOT / "examples").rglob("*.md"), *sources]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"(python|torchrun).* examples/\w+\.py", text), page
+        for name in re.findall(r"-m examples\.([a-z_.]*[a-z])", text):
+            assert importlib.util.find_spec(f"examples.{name}"), f"{page}: {name}"
+    index = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    for path in sources:
+        if "def main()" in path.read_text(encoding="utf-8"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            assert f"`python -m {name.removesuffix('.__main__')}" in index
+
+
 def run_finetune(data_folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(FINETUNE), "--model", str(data_folder / "model"), "--steps", "6"]
+    command = [*FINETUNE, "--model", str(data_folder / "model"), "--steps", "6"]
     command += ["--data", str(data_folder), "--eval-every", "3", "--out", str(data_folder / "out")]
-    return subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [*command, *options], cwd=ROOT, capture_output=True, text=True, check=False
+    )
 
 
 def options_of_a_step(data_folder: Path, out: str, *options: object) -> list[object]:
@@ -191,7 +230,6 @@ def test_finetune_checks_its_data_before_it_loads_a_model(
 
 def test_finetune_says_in_one_line_that_the_hub_gives_no_data(
     run_example: RunExample,
-    import_example: Callable[[str], ModuleType],
     monkeypatch: pytest.MonkeyPatch,
 ):
     def unreachable(*_: object) -> None:
@@ -294,16 +332,17 @@ def test_a_killed_finetune_goes_on_with_the_same_bits(data_folder: Path):
     whole, parts = data_folder / "whole", data_folder / "parts"
     assert run_finetune(data_folder, *options, "--out", str(whole)).returncode == 0
     name = "e2e-model-rosa-random-r2-s0"
-    command = [sys.executable, str(FINETUNE), "--model", str(data_folder / "model"), *options]
+    command = [*FINETUNE, "--model", str(data_folder / "model"), *options]
     command += ["--data", str(data_folder), "--eval-every", "3", "--out", str(parts), "--resume"]
     for kill_at in (2, 5):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with subprocess.Popen(command, cwd=ROOT, **pipes) as run:
             while not logged_steps(parts / f"{name}.jsonl") >= kill_at:
                 assert run.poll() is None, run.stdout and run.stdout.read()
                 time.sleep(0.002)
             run.kill()
     assert 5 <= logged_steps(parts / f"{name}.jsonl") < 12
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     one, other = (records_without_times(out / f"{name}.jsonl") for out in (whole, parts))
     assert one == other
@@ -337,7 +376,6 @@ def test_trainer_refuses_an_interval_of_no_steps(run_example: RunExample):
 
 def test_trainer_resumes_from_a_checkpoint_or_says_that_there_is_none(
     run_example: RunExample,
-    import_example: Callable[[str], ModuleType],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ):
@@ -355,7 +393,6 @@ def test_trainer_resumes_from_a_checkpoint_or_says_that_there_is_none(
 @pytest.mark.parametrize(("name", "inner"), [("quickstart", "run"), ("trainer", "train")])
 def test_an_interrupted_example_prints_one_line(
     run_example: RunExample,
-    import_example: Callable[[str], ModuleType],
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     inner: str,
@@ -381,7 +418,7 @@ def test_trainer_warns_of_nothing(run_example: RunExample, tmp_path: Path):
 
 
 def test_the_benchmark_of_a_call_times_every_contender(run_example: RunExample):
-    done = run_example("benchmark_overhead", "--short")
+    done = run_example("benchmark.overhead", "--short")
     assert done.code == 0
     printed = {line.split()[0] for line in done.out.splitlines()}
     assert {"plain", "peft", "call", "bind", "bound", "call/peft"} <= printed
@@ -390,9 +427,9 @@ def test_the_benchmark_of_a_call_times_every_contender(run_example: RunExample):
 
 def test_ddp_starts_its_processes_and_ends_all_of_them_in_one_line_when_interrupted(tmp_path: Path):
     """Ctrl-C in a terminal goes to the whole group of processes."""
-    command = [sys.executable, "-u", str(EXAMPLES / "ddp.py"), "--short", "--cache", str(tmp_path)]
+    command = [sys.executable, "-u", "-m", "examples.ddp", "--short", "--cache", str(tmp_path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes, start_new_session=True) as run:
+    with subprocess.Popen(command, cwd=ROOT, **pipes, start_new_session=True) as run:
         assert run.stdout is not None
         said = iter(run.stdout.readline, "")
         assert any(line.startswith("base model: cached in") for line in said)  # by one of them
@@ -414,17 +451,39 @@ def test_examples_refuse_a_file_where_a_folder_is_expected(run_example: RunExamp
     assert f"expected a folder, and {__file__} is a file" in done.err.splitlines()[-1]
 
 
-def test_the_figure_of_quickstart_has_plain_numbers(
-    import_example: Callable[[str], ModuleType], tmp_path: Path
+def test_quickstart_compares_with_one_draw_and_says_what_its_table_shows_and_what_is_next(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
-    quickstart = import_example("quickstart")
-    curves = {name: [(0, 340.0), (8, 180.0 - i)] for i, name in enumerate("abc")}
-    results = {name: SimpleNamespace(curve=curve) for name, curve in curves.items()}
-    quickstart.plot(results, tmp_path / "figure.png")
+    """The resampled ROSA stood alone and looked ahead; the last lines led nowhere."""
+    base, budget = Base(1, 16, 1, 300, 64, 2, 1), Budget(2, 8, 8, 2)
+    import_example("quickstart").run(base, budget, tmp_path, tmp_path)
+    curves = json.loads((tmp_path / "quickstart.json").read_text())
+    resamples = {name: curve["resamples"] for name, curve in curves.items()}
+    assert resamples == {"full": [], "lora": [], "one draw": [], "rosa": [1]}
+    points = [curves[name]["points"] for name in ("one draw", "rosa")]
+    assert points[0][:2] == points[1][:2]  # the first draw is the same
+    assert points[0][2] != points[1][2]
+    printed = capsys.readouterr().out
+    assert all(f"\n{name:8}" in printed for name in curves)
+    assert "one seed and a small model, so no ranking" in printed.replace("\n", " ")
+    last = printed[printed.index("Next:") :]
+    for name in re.findall(r"python -m examples\.(\w+)", last):
+        assert import_example(name).main
+    assert all((ROOT / path).is_file() for path in re.findall(r"\S+\.md", printed))
+
+
+def test_the_figure_of_quickstart_has_plain_numbers_and_marks_its_resamples(tmp_path: Path):
+    lines = {name: [(0, 340.0), (8, 180.0 - i)] for i, name in enumerate("abc")}
+    resamples = {"a": [], "b": [], "c": [3, 5]}
+    plot({n: Curve(1, 0.1, lines[n], resamples[n]) for n in lines}, "", tmp_path / "figure.png")
     axes = matplotlib.pyplot.gca()
     low, high = axes.get_ylim()
     ticks = zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
     shown = [label.get_text() for value, label in ticks if low <= value <= high]
     assert shown == ["200", "250", "300"]
     assert len(axes.get_yticks(minor=True)) == 0
+    marks = [line.get_xdata()[0] for line in axes.lines if len(set(line.get_xdata())) == 1]
+    assert marks == [3, 5]
+    named = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert named == ["a", "b", "c", "resamples of c"]
     matplotlib.pyplot.close()

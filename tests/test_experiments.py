@@ -1,5 +1,6 @@
 """The harness: what is equal for all methods, the lines, and runs that are killed."""
 
+import gzip
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.experiments import adapting, plan, records, report, task, training
+from examples.experiments import adapting, outcomes, plan, records, report, task, training
 from small_experiment import METHODS, RATES, SETTING, RecordingTask, experiment
 
 ROOT = Path(__file__).parents[1]
@@ -169,6 +170,18 @@ class TestLines:
                 assert records.read(tmp_path) == {"a": whole}
             assert path.read_bytes().startswith(before)
 
+    def test_published_lines_are_compressed_and_a_run_adds_to_them(self, tmp_path):
+        """As text they outweighed the code (5.2 MB); a second part is joined to the first."""
+        cells = {name: [self.line(name, "start"), self.line(name, "end")] for name in "abc"}
+        path = tmp_path / "x.jsonl"
+        for name in "ab":
+            records.append(path, cells[name])
+            with path.with_suffix(".jsonl.gz").open("ab") as published:
+                published.write(gzip.compress(path.read_bytes()))
+            path.unlink()
+        records.append(path, cells["c"])
+        assert records.read(tmp_path) == cells
+
     def test_a_second_runner_is_refused(self, tmp_path):
         with (
             records.locked(tmp_path),
@@ -185,7 +198,7 @@ class TestLines:
 def cut_theorem(folder: Path, steps: int) -> list[str]:
     """Write `theorem` cut to a few cells of that many steps; return the command that runs it."""
     source = (
-        (plan.FOLDER / "theorem.toml")
+        (plan.SPECS / "theorem.toml")
         .read_text()
         .replace("seeds = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]", "seeds = [0, 1]")
     )
@@ -249,6 +262,6 @@ class TestRunner:
 
     def test_the_theorem_holds_in_the_lines(self, ran):
         """Rank 24 at rank 8: three cycles of additive draws; one of LoRA does not get there."""
-        found = {r.method.name: r for r in report.gather(plan.load("theorem", ran), ran)}
+        found = {r.method.name: r for r in outcomes.gather(plan.load("theorem", ran), ran)}
         assert all(end["test"]["loss"] < 1e-20 for end in found["additive"].ends())
         assert all(end["test"]["loss"] > 1e-2 for end in found["LoRA"].ends())

@@ -77,7 +77,7 @@ class TestData:
 class TestNothingDue:
     def test_published_experiments_say_so_and_ask_for_no_data(self, call, started, capsys):
         call("run", "e2e", "theorem")
-        folder, lines = plan.FOLDER / "results", capsys.readouterr().out.splitlines()
+        folder, lines = plan.RESULTS, capsys.readouterr().out.splitlines()
         assert [line.partition(" all ")[0] for line in lines] == [
             f"{name}: nothing is due," for name in ("e2e", "theorem")
         ]
@@ -116,5 +116,5 @@ class TestRefusals:
     def test_git_ignores_what_a_run_leaves_beside_its_lines(self):
         root = plan.FOLDER.parents[1]
         lines = (root / ".gitignore").read_text(encoding="utf-8").splitlines()
-        results = (plan.FOLDER / "results").relative_to(root).as_posix()
+        results = plan.RESULTS.relative_to(root).as_posix()
         assert {f"{results}/.lock", f"{results}/under-way/"} <= set(lines)

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from examples.experiments import adapting, plan, runner, task, training
+from examples.experiments import adapting, plan, runner, task, tasks, training
 from examples.experiments import tiny as small
 from small_experiment import METHODS, RATES, SETTING, RecordingTask, experiment
 
@@ -41,7 +41,7 @@ def cell_of(method: plan.Method, **setting: Any) -> plan.Cell:
 
 
 def loaded(name: str, data: Path) -> task.Task:
-    return task.load({"task": name, **TASKS[name]}, 3, data, data)
+    return tasks.load({"task": name, **TASKS[name]}, 3, data, data)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ class TestSteps:
     @pytest.mark.parametrize("moments", ["reset", "keep", "project", "prune"])
     def test_a_resample_does_to_the_moments_what_the_method_says(self, moments):
         made = RecordingTask().load()
-        run = adapting.Run(made, cell_of(METHODS[2]._replace(moments=moments)))
+        run = adapting.Adaptation(made, cell_of(METHODS[2]._replace(moments=moments)))
         batches = made.batches(0)
         for _ in range(3):
             run.train(next(batches), RATE)
@@ -183,7 +183,7 @@ class TestData:
 
         for seed in (0, 1):
             seen.clear()
-            task.load({"task": "glue/CoLA", **GLUE}, seed, data, data).evaluate(forward, "dev")
+            tasks.load({"task": "glue/CoLA", **GLUE}, seed, data, data).evaluate(forward, "dev")
             assert sorted(seen) == sorted(expected)
 
     @pytest.mark.parametrize("name", ["CoLA", "STS-B"])

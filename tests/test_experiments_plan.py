@@ -101,7 +101,7 @@ class TestFiles:
 
     def test_a_missing_method_to_compare_with_is_named(self, tmp_path):
         for name in ("e2e", "moments"):
-            shutil.copy(plan.FOLDER / f"{name}.toml", tmp_path)
+            shutil.copy(plan.SPECS / f"{name}.toml", tmp_path)
         assert plan.load("moments", tmp_path).compare == ("reset",)
         file = tmp_path / "moments.toml"
         file.write_text(file.read_text(encoding="utf-8").replace('["reset"]', '["rest"]'))
@@ -109,7 +109,7 @@ class TestFiles:
             plan.load("moments", tmp_path)
 
     def test_a_factor_of_a_rate_needs_a_method_to_take_the_rate_from(self, tmp_path):
-        text = (plan.FOLDER / "theorem.toml").read_text(encoding="utf-8")
+        text = (plan.SPECS / "theorem.toml").read_text(encoding="utf-8")
         (tmp_path / "x.toml").write_text(text.replace("ranks =", "times = 0.5\nranks =", 1))
         with pytest.raises(SystemExit, match="has `times`, but is `like` no method"):
             plan.load("x", tmp_path)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples.experiments import figures, plan, records, report
+from examples.experiments import figures, outcomes, plan, records, report
 from small_experiment import METHODS, RATES, SETTING, experiment
 
 
@@ -37,13 +37,13 @@ class TestReport:
         costs = {0: cost, 1: slow, 2: cost}
         of_full = {"step_seconds": 2.0, "run": "today"}
         full = {0: of_full, 1: {**of_full, "step_seconds": 6.0}, 2: of_full}
-        return report.Result(method, 1e-3, "", runs, costs, full)
+        return outcomes.Result(method, 1e-3, "", runs, costs, full)
 
     @given(st.lists(st.floats(-5, 5), min_size=2, max_size=8))
     def test_the_confidence_interval_is_students(self, values):
         from scipy import stats
 
-        middle, half = report.interval(values)
+        middle, half = outcomes.interval(values)
         assert middle == pytest.approx(sum(values) / len(values), abs=1e-9)
         if len(set(values)) > 1 and half > 1e-6:
             low, high = stats.t.interval(0.95, len(values) - 1, middle, stats.sem(values))
@@ -52,7 +52,7 @@ class TestReport:
     def test_differences_are_paired_by_seed(self):
         lora = self.result(METHODS[1], [1.0, 2.0, 3.0], 1.0, 0.0)
         rosa = self.result(METHODS[2], [0.9, 1.9, 2.9], 1.0, 0.0)
-        middle, half = report.interval([a - b for a, b in report.pairs(rosa, lora)])
+        middle, half = outcomes.interval([a - b for a, b in outcomes.pairs(rosa, lora)])
         assert middle == pytest.approx(-0.1)
         assert half == pytest.approx(0, abs=1e-9)  # though the seeds differ by 1
 
@@ -62,10 +62,10 @@ class TestReport:
         higher = self.result(METHODS[2]._replace(rank=5), [1.0], trainable=51_200)
         longer = self.result(METHODS[2]._replace(length=2.0), [1.0], trainable=40_960)
         results = [higher, longer, one_side, lora]
-        assert report.baseline_of(one_side, results, "LoRA") is lora
-        none = [report.baseline_of(r, results, "LoRA") for r in (higher, longer, lora)]
+        assert outcomes.baseline_of(one_side, results, "LoRA") is lora
+        none = [outcomes.baseline_of(r, results, "LoRA") for r in (higher, longer, lora)]
         assert none == [None] * 3
-        assert report.baseline_of(one_side, results, "full") is None
+        assert outcomes.baseline_of(one_side, results, "full") is None
 
     @pytest.mark.parametrize("other", ["final", "tune"])
     def test_cells_of_other_data_or_another_base_are_not_compared(self, tmp_path, other):
@@ -78,10 +78,10 @@ class TestReport:
                 start = {"cell": cell.key, "event": "start", "data": of}
                 end = {"cell": cell.key, "event": "end", "best": 1.0}
                 records.append(path / "x.jsonl", [start, end])
-        (result,) = report.gather(e, tmp_path / "same")
+        (result,) = outcomes.gather(e, tmp_path / "same")
         assert len(result.runs) == 2
         with pytest.raises(SystemExit, match="different data or base models"):
-            report.gather(e, tmp_path / "other")
+            outcomes.gather(e, tmp_path / "other")
 
     def test_the_time_spent_is_that_of_the_runs_alone(self, tmp_path):
         for name, end in (("a", {"seconds": 1800.0}), ("b", {"seconds": 5400.0}), ("cost", {})):
@@ -153,23 +153,23 @@ class TestReport:
         shown = []
         monkeypatch.setattr(figures.plt, "close", lambda d: shown.append(d.axes[0]))
         e = plan.load(name)
-        figures.draw(e.figures[0], e, report.gather(e, plan.FOLDER / "results"), tmp_path)
+        figures.draw(e.figures[0], e, outcomes.gather(e, plan.RESULTS), tmp_path)
         low, high = shown[0].get_xlim()
         ends = [x for bar in shown[0].containers for x in bar.lines[1]]
         assert ends and all(low < cap.get_xdata()[0] < high for cap in ends)
 
     def test_time_is_of_whole_runs_with_their_draws(self):
         rosa = self.result(METHODS[2], [1.0], 1.0, 5.0)
-        assert report.time_ratio(rosa) == pytest.approx((100 * 1 + 4 * 5) / (100 * 2))
+        assert outcomes.time_ratio(rosa) == pytest.approx((100 * 1 + 4 * 5) / (100 * 2))
 
     def test_times_of_other_runs_are_not_compared(self):
         rosa = self.result(METHODS[2], [1.0], 1.0, 5.0)
         rosa.full[1]["run"] = "yesterday"
         rosa.full[1]["step_seconds"] = 1e-6
-        assert report.time_ratio(rosa) == pytest.approx((100 * 1 + 4 * 5) / (100 * 2))
+        assert outcomes.time_ratio(rosa) == pytest.approx((100 * 1 + 4 * 5) / (100 * 2))
         for line in rosa.full.values():
             line["run"] = "yesterday"
-        assert report.time_ratio(rosa) is None
+        assert outcomes.time_ratio(rosa) is None
 
     def test_times_are_relative_to_full_fine_tuning_even_where_no_table_has_it(self, tmp_path):
         e = experiment(rates=[1e-3], seeds=[0], methods=METHODS[1:3], rounds=1)
@@ -184,8 +184,8 @@ class TestReport:
             step = {"step_seconds": steps[cell.method.name], "draw_seconds": 5.0, "peak_mib": 7.0}
             own = {"event": "end", "cell": cell.key, "best": None, "run": "today", **step}
             records.append(tmp_path / "x.jsonl", [{**start, "threads": 2}, own])
-        found = report.gather(e, tmp_path)
-        assert [report.time_ratio(result) for result in found] == [0.6, 0.6]
+        found = outcomes.gather(e, tmp_path)
+        assert [outcomes.time_ratio(result) for result in found] == [0.6, 0.6]
         assert "MiB and time: a processor, 2 threads." in report.table(e, found)
 
     def test_a_table_has_mean_interval_difference_time_and_diverged_runs(self):
@@ -218,7 +218,7 @@ class TestReport:
 
 
 def test_results_in_another_folder_do_not_go_into_the_published_page(tmp_path):
-    published = plan.FOLDER / "results"
+    published = plan.RESULTS
     own_page = tmp_path / "p.md"
     assert report.places(published, None, None, True) == (PAGE, PAGE.parent / "figures")
     for results, own_files in ((tmp_path, True), (published, False)):
@@ -229,10 +229,10 @@ def test_results_in_another_folder_do_not_go_into_the_published_page(tmp_path):
 PAGE = plan.FOLDER / "RESULTS.md"
 
 
-@pytest.mark.parametrize("name", report.placed(PAGE, plan.names(plan.FOLDER)))
+@pytest.mark.parametrize("name", report.placed(PAGE, plan.names()))
 def test_the_page_has_the_table_of_the_published_lines(name):
     experiment = plan.load(name)
-    text = report.table(experiment, report.gather(experiment, plan.FOLDER / "results"))
+    text = report.table(experiment, outcomes.gather(experiment, plan.RESULTS))
     assert f"<!-- {name} -->\n{text}\n<!-- end of {name} -->" in PAGE.read_text(encoding="utf-8")
 
 
@@ -246,7 +246,7 @@ def test_each_figure_of_the_page_is_one_of_a_file_and_the_other_way_round():
     linked = set(re.findall(r"\(figures/(.+?)\.png\)", PAGE.read_text(encoding="utf-8")))
     drawn = {
         figures.stem(figure, plan.load(name))
-        for name in report.placed(PAGE, plan.names(plan.FOLDER))
+        for name in report.placed(PAGE, plan.names())
         for figure in plan.load(name).figures
     }
     assert linked == drawn == {path.stem for path in (plan.FOLDER / "figures").glob("*.png")}

@@ -16,12 +16,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from . import plan
+from examples.experiments import plan
 
 
 def main() -> None:
     """Read the command line."""
-    folder = plan.FOLDER
     summary, _, details = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
         "python -m examples.experiments",
@@ -40,14 +39,16 @@ def main() -> None:
         "--model", help="in the place of the file's: smollm2, minilm, a name of the Hub, a folder"
     )
     parser.add_argument("--cache", type=Path, default=Path("runs/bases"), help="of base models")
-    parser.add_argument("--results", type=Path, default=folder / "results", help="of the lines")
+    parser.add_argument(
+        "--results", type=Path, default=plan.FOLDER / "results", help="of the lines"
+    )
     parser.add_argument(
         "--figures", type=Path, help="folder (default: beside the page, or the lines)"
     )
     parser.add_argument(
         "--page", type=Path, help="of the tables (default: RESULTS.md, for its lines)"
     )
-    parser.add_argument("--experiments", type=Path, default=folder, help="of the TOML files")
+    parser.add_argument("--experiments", type=Path, default=plan.SPECS, help="of the TOML files")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time")
     args = parser.parse_args()
     if args.jobs < 1:
@@ -61,7 +62,7 @@ def main() -> None:
         for name in plan.names(args.experiments):
             print(f"{name:24}{plan.load(name, args.experiments).title}")
     elif args.command == "run":
-        from . import needs, runner
+        from examples.experiments import needs, runner
 
         if not args.names:
             parser.error("run needs the name of an experiment; `list` shows them")
@@ -75,12 +76,12 @@ def main() -> None:
     elif not args.results.is_dir():
         parser.error(f"--results {args.results}: there is no such folder, so no lines to report")
     else:
-        from . import report
+        from examples.experiments import report
 
-        own_files = args.experiments.resolve() == folder.resolve() and not args.model
+        own_files = args.experiments.resolve() == plan.SPECS.resolve() and not args.model
         page, figures = report.places(args.results, args.page, args.figures, own_files)
         known = plan.names(args.experiments)
-        names = args.names or report.placed(page or folder / "RESULTS.md", known)
+        names = args.names or report.placed(page or plan.FOLDER / "RESULTS.md", known)
         for experiment in loaded(names):
             print(report.write(experiment, args.results, figures, page))
         for name, text in (("columns", report.COLUMNS), ("spent", report.spent(args.results))):
@@ -91,8 +92,8 @@ def main() -> None:
 
 def tiny(experiments: list[plan.Experiment], jobs: int) -> None:
     """Run experiments in their tiny form, and report on them."""
-    from . import report, runner
-    from . import tiny as small
+    from examples.experiments import report, runner
+    from examples.experiments import tiny as small
 
     with tempfile.TemporaryDirectory() as folder:
         data, results = Path(folder) / "data", Path(folder) / "results"

@@ -9,17 +9,16 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 import rosa_func
+from examples.experiments import draws
+from examples.experiments.plan import Cell, Method
+from examples.experiments.task import Metrics, Task
 from rosa_func.samplers import Sampler
-
-from . import draws
-from .plan import Cell, Method
-from .task import Metrics, Task
 
 GRADIENT_BATCHES = 4  # for the draws that look at the gradient
 PRUNED = 0.9  # of the moments, where they are pruned; ReLoRA's choice
 
 
-class Run:
+class Adaptation:
     """The state of a method and its optimizer. The task's own model is not held."""
 
     def __init__(self, task: Task, cell: Cell) -> None:

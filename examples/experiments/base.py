@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from ..finetune_data import rate_at
-from ..made_once import made_once
-from . import corpora
+from examples.experiments import corpora
+from examples.shared.caching import made_once
+from examples.shared.text import in_blocks, rate_at
 
 
 def settings(name: str) -> dict[str, Any]:
@@ -37,31 +37,29 @@ def cached(name: str, data: Path | None, cache: Path) -> Path:
 
     def make(content: Path) -> None:
         tokenizer = corpora.tokenizer(chosen["vocabulary"], data)
-        blocks = in_blocks(texts, tokenizer, chosen["block"])
+        blocks = blocks_of(texts, tokenizer, chosen["block"])
         pretrain(chosen, tokenizer, blocks, name).save_pretrained(content)
         tokenizer.save_pretrained(content)
 
     return made_once(directory, make)
 
 
-def in_blocks(texts: list[str], tokenizer: PreTrainedTokenizerFast, block: int) -> Tensor:
-    """Return the tokens of all texts in one row, cut into blocks: (blocks, block)."""
-    rows = tokenizer([text + corpora.END for text in texts]).input_ids
-    ids = torch.tensor([i for row in rows for i in row])
-    return ids[: len(ids) // block * block].view(-1, block)
+def blocks_of(texts: list[str], tokenizer: PreTrainedTokenizerFast, block: int) -> Tensor:
+    """Return the tokens of all texts in blocks, an end after each text."""
+    return in_blocks(tokenizer([text + corpora.END for text in texts]).input_ids, block)
 
 
 def cached_blocks(
     texts: list[str], tokenizer: PreTrainedTokenizerFast, block: int, cache: Path
 ) -> Tensor:
-    """Return what `in_blocks` does, from a file if it was done before."""
+    """Return what `blocks_of` does, from a file if it was done before."""
     digest = hashlib.sha256(corpora.END.join(texts).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     path = cache / f"blocks-{block}-{digest.hexdigest()[:12]}.safetensors"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         whole = path.with_suffix(f".{os.getpid()}.partial")  # a kill leaves no half of a file
-        save_file({"blocks": in_blocks(texts, tokenizer, block)}, whole)
+        save_file({"blocks": blocks_of(texts, tokenizer, block)}, whole)
         whole.replace(path)
     return load_file(path)["blocks"]
 

@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from ..finetune_data import load_rows
+from examples.shared.text import load_rows
 
 END = "<|endoftext|>"  # between two documents
 

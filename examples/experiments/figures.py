@@ -11,8 +11,16 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from . import plan, report
-from .report import Result
+from examples.experiments import plan
+from examples.experiments.outcomes import (
+    ROUNDING,
+    Result,
+    baseline_of,
+    geometric,
+    interval,
+    pairs,
+    seconds,
+)
 
 MARKERS = "osD^vPX*<>" * 9
 
@@ -75,10 +83,10 @@ def spread(values: list[float], figure: dict[str, Any]) -> tuple[float, float, f
     seeds; the band of two seeds is their range too, as their interval would fill the figure.
     """
     if figure.get("log"):
-        kept = [max(value, report.ROUNDING) for value in values]
+        kept = [max(value, ROUNDING) for value in values]
         low, high = min(kept), max(kept)
-        return min(max(report.geometric(kept)[0], low), high), low, high  # exp(log(x)) is not x
-    middle, half = report.interval(values)
+        return min(max(geometric(kept)[0], low), high), low, high  # exp(log(x)) is not x
+    middle, half = interval(values)
     if len(values) == 2:
         return middle, min(values), max(values)
     return middle, middle - half, middle + half
@@ -126,7 +134,7 @@ def bars(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
     results = [r for r in found if figure.get("full") or r.method.sampler != "full"]
     for place, result in enumerate(results):
         values = [end["test"][figure.get("key", "loss")] for end in result.ends()]
-        middle, half = report.interval(values)
+        middle, half = interval(values)
         axes.errorbar(middle, place, xerr=half, marker="o", capsize=4, color="tab:blue")
         axes.plot(values, [place] * len(values), "|", color="black", markersize=9)
     axes.set_yticks(range(len(results)), [result.method.label for result in results])
@@ -164,12 +172,12 @@ def crossing(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
     """Draw the difference to plain LoRA on test, paired by seed, over the length of the run."""
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for result in results:
-        baseline = report.baseline_of(result, results, "LoRA")
-        both = report.pairs(result, baseline) if baseline else []
+        baseline = baseline_of(result, results, "LoRA")
+        both = pairs(result, baseline) if baseline else []
         if both:
             name = f"{result.method.name} r={result.method.rank}"
             steps = result.ends()[0]["steps"]
-            lines.setdefault(name, []).append((steps, *report.interval([a - b for a, b in both])))
+            lines.setdefault(name, []).append((steps, *interval([a - b for a, b in both])))
     for (name, points), marker in zip(lines.items(), MARKERS, strict=False):
         x, middle, half = zip(*sorted(points), strict=True)
         axes.errorbar(x, middle, half, marker=marker, markersize=5, capsize=3, label=name)
@@ -191,7 +199,7 @@ def draws(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
 
 
 def _share(cost: dict[str, Any], result: Result) -> float:
-    return 100 * (1 - cost["step_seconds"] / report.seconds(cost, result))
+    return 100 * (1 - cost["step_seconds"] / seconds(cost, result))
 
 
 KINDS = {

@@ -12,8 +12,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from transformers import PreTrainedTokenizerBase
 
-from ..finetune_data import load_rows
-from .task import Metrics
+from examples.experiments.task import Metrics
+from examples.shared.text import load_rows
 
 
 def score(

@@ -19,9 +19,8 @@ from transformers import (
 )
 
 import rosa_func
-
-from ..finetune_data import sample
-from .task import Forward, Metrics, Task, digest
+from examples.experiments.task import Forward, Metrics, Task, digest
+from examples.shared.text import sample
 
 Batch = dict[str, Tensor]
 FIELDS = {"CoLA": ("sentence",), "SST-2": ("sentence",)}

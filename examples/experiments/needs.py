@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from . import base, plan
+from examples.experiments import base, plan
 
 
 def check(experiments: list[plan.Experiment], data: Path | None) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).parent
+SPECS = FOLDER / "specs"  # a TOML file for each experiment
+RESULTS = FOLDER / "results"  # the published lines
 COST_STEPS = 20  # that are timed
 
 
@@ -87,12 +89,12 @@ class Experiment(NamedTuple):
     rounds: int = 3  # in which each method has its turn to be timed
 
 
-def names(folder: Path = FOLDER) -> list[str]:
+def names(folder: Path = SPECS) -> list[str]:
     """Return the names of the experiments."""
-    return sorted(p.stem for p in folder.glob("*.toml") if p.stem != "bases")
+    return sorted(path.stem for path in folder.glob("*.toml"))
 
 
-def load(name: str, folder: Path = FOLDER) -> Experiment:
+def load(name: str, folder: Path = SPECS) -> Experiment:
     """Read an experiment from its file."""
     path = folder / f"{name}.toml"
     if not path.is_file():

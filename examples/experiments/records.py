@@ -1,6 +1,10 @@
-"""The lines of an experiment: one JSON object for each evaluation, of finished cells only."""
+"""The lines of an experiment: one JSON object for each evaluation, of finished cells only.
+
+A run writes NAME.jsonl. What is published is compressed: `gzip -9nc NAME.jsonl >> NAME.jsonl.gz`.
+"""
 
 import fcntl
+import gzip
 import json
 import math
 from collections.abc import Iterator
@@ -36,9 +40,11 @@ def append(path: Path, lines: list[Line]) -> None:
 def read(folder: Path) -> dict[str, list[Line]]:
     """Return the lines of every finished cell by its key."""
     finished: dict[str, list[Line]] = {}
-    for path in sorted(folder.glob("*.jsonl")):
+    for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")]):
+        content = path.read_bytes()
+        text_of_file = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
         lines: list[Line] = []
-        for text in path.read_text(encoding="utf-8").split("\n")[:-1]:  # the last one may be torn
+        for text in text_of_file.split("\n")[:-1]:  # the last one may be torn
             line = json.loads(text)
             lines = [line] if line["event"] == "start" else [*lines, line]
             if line["event"] == "end":

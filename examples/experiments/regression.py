@@ -10,8 +10,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 import rosa_func
-
-from .task import Forward, Metrics, Task
+from examples.experiments.task import Forward, Metrics, Task
 
 Batch = tuple[Tensor, Tensor]
 

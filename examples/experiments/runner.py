@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from . import base, plan, records
+from examples.experiments import base, plan, records
 
 # Imported once, in the process that the others are forked from.
 PRELOADED = [f"{__package__}.{name}" for name in ("training", "text", "generation", "glue")]
@@ -105,7 +105,7 @@ def _work(
     import torch
     from transformers.utils import logging
 
-    from . import task, training
+    from examples.experiments import task, tasks, training
 
     torch.set_num_threads(threads)
     torch.manual_seed(cell.seed)  # of dropout: this process runs nothing else
@@ -124,7 +124,7 @@ def _work(
             steps.value += 1
 
     def load() -> task.Task:
-        return task.load(cell.setting, cell.seed, data, cache)
+        return tasks.load(cell.setting, cell.seed, data, cache)
 
     path = folder / f"{cell.key}.jsonl"
     path.unlink(missing_ok=True)  # so that a worker of a killed runner writes to no file of ours

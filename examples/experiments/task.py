@@ -1,8 +1,7 @@
-"""What a task is to the training loop, and the tasks by name."""
+"""What a task is to the training loop."""
 
 import hashlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from tensordict import TensorDict
@@ -23,22 +22,6 @@ class Task(NamedTuple):
     generate: Callable[[nn.Module], Metrics] | None = None  # by a merged model
     solve: Callable[[TensorDict], None] | None = None  # the factors' exact minimum, in place
     digest: str = ""  # of the data, where it does not come from the seed
-
-
-def load(setting: dict[str, Any], seed: int, data: Path | None, cache: Path) -> Task:
-    """Return the task of an experiment; the seed is that of a new head."""
-    kind, _, name = setting["task"].partition("/")
-    if kind == "regression":
-        from . import regression
-
-        return regression.load(name, setting, seed)
-    if kind == "glue":
-        from . import glue
-
-        return glue.load(name, setting, seed, data)
-    from . import text
-
-    return text.load(kind, setting, data, cache)
 
 
 def digest(*values: Any) -> str:

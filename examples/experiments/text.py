@@ -12,11 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import rosa_func
-
-from .. import finetune_data as shared
-from ..made_once import made_once
-from . import base, corpora
-from .task import Forward, Metrics, Task, digest
+from examples.experiments import base, corpora
+from examples.experiments.task import Forward, Metrics, Task, digest
+from examples.shared import text as shared
+from examples.shared.caching import made_once
 
 Batch = dict[str, Tensor]
 Examples = list[shared.Example]
@@ -30,7 +29,7 @@ def load(kind: str, setting: dict[str, Any], data: Path | None, cache: Path) -> 
     }
     generate = None
     if setting.get("generate"):
-        from . import generation
+        from examples.experiments import generation
 
         generate = partial(generation.score, tokenizer=tokenizer, setting=setting, data=data)
 
@@ -101,14 +100,7 @@ def loss(forward: Forward, batch: Batch) -> Tensor:
     return nll(forward, batch) / (batch["labels"] != -100).sum()
 
 
-@torch.no_grad()
 def evaluate(forward: Forward, rows: Examples) -> Metrics:
     """Return the NLL of a token, over all tokens alike, its perplexity, and the bits of a token."""
-    rows = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))  # little padding
-    total, tokens = 0.0, 0
-    for start in range(0, len(rows), 16):
-        batch = shared.collate(rows[start : start + 16])
-        total += nll(forward, batch).item()
-        tokens += int((batch["labels"] != -100).sum())
-    mean = total / tokens
+    mean = shared.mean_nll(partial(nll, forward), shared.by_length(rows))
     return {"loss": mean, "ppl": math.exp(min(mean, 700.0)), "bits": mean / math.log(2)}

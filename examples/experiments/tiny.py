@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from . import corpora, plan
+from examples.experiments import corpora, plan
 
 MODELS = {"smollm2": "tiny:llama", "minilm": "tiny:bert"}
 WORDS = ["the", "place", "river", "cafe", "near", "serves", "good", "food", "for", "guests", "why"]

@@ -14,14 +14,13 @@ from tensordict import TensorDict
 from torch import nn
 
 import rosa_func
-
-from .. import machine
-from ..finetune_data import rate_at
-from ..peak_memory import peak_memory_of_this_process, reset_peak_memory
-from .adapting import Run, cycle_starts
-from .plan import Cell
-from .records import Line
-from .task import Task
+from examples.experiments.adapting import Adaptation, cycle_starts
+from examples.experiments.plan import Cell
+from examples.experiments.records import Line
+from examples.experiments.task import Task
+from examples.shared import machine
+from examples.shared.peak_memory import peak_memory_of_this_process, reset_peak_memory
+from examples.shared.text import rate_at
 
 WARM_UP = 3  # steps of a cost cell that are not timed
 
@@ -40,7 +39,7 @@ def trained(cell: Cell, load: Callable[[], Task], tick: Callable[[], None]) -> I
     setting = cell.setting
     task = load()
     yield {"event": "start", **_described(cell, task)}
-    run = Run(task, cell)
+    run = Adaptation(task, cell)
     stream, seconds, loss = task.batches(cell.seed), 0.0, 0.0
     best, kept = math.inf, run.state
     resamples = set(cycle_starts(cell.method, cell.steps))
@@ -82,7 +81,7 @@ def cost(cell: Cell, load: Callable[[], Task], tick: Callable[[], None]) -> Iter
     before = peak_memory_of_this_process()
     task = load()
     yield {"event": "start", **_described(cell, task)}
-    run = Run(task, cell)
+    run = Adaptation(task, cell)
     del task  # and with it the model: its weights are in the state
     stream, times = run.batches(cell.seed), []
     reset_peak_memory()

@@ -1,6 +1,6 @@
 """Draw the picture of the README: one cycle of split, train, merge and resample.
 
-    python examples/guide/cycle.py [FILE]    # default: cycle.png beside this script
+    python -m examples.guide.cycle [FILE]    # default: cycle.png beside this script
 
 Needs matplotlib.
 """

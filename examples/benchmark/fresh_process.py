@@ -1,0 +1,18 @@
+"""A measurement in a process of its own, whose memory is no other's."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def in_a_process(module: str, *arguments: str) -> dict[str, float]:
+    """Run a module as a command; return the JSON object that it prints last."""
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        said = " ".join(["python", *command[1:]])
+        raise SystemExit(f"{said} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
