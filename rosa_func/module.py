@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from rosa_func import distributed, export, optim, samplers
-from rosa_func._torch import is_eager, own_buffers, own_modules, own_parameters
+from rosa_func._torch import is_eager, move, own_buffers, own_modules, own_parameters
 from rosa_func.forward import call, called, check_fit
 from rosa_func.modules import persistent_buffers, skeleton
 from rosa_func.places import places
@@ -212,11 +212,7 @@ class RosaModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RosaModule":
         """Move what the state does not hold as well: the skeleton's non-persistent buffers."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for module in self.__dict__["skeleton"].modules():
-            buffers = own_buffers(module)
-            for name, buffer in buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    buffers[name] = fn(buffer)
+        move(self.__dict__["skeleton"], fn)
         return self
 
     def _keep(self, buffers: list[Tensor]) -> None:
