@@ -1,12 +1,13 @@
 """The parts of torch that are needed and have no public name, all in one place."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass as without_torch_function
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn.modules.conv import _ConvNd as Convolution
 from torch.utils._pytree import tree_map
@@ -15,10 +16,15 @@ __all__ = [
     "GROUPED_PRODUCTS",
     "Convolution",
     "are_transforms_off",
+    "counting_writes",
+    "is_alias",
     "is_autocast",
     "is_eager",
     "is_old_dynamo",
+    "is_wrapped",
+    "memory_of",
     "operator_name",
+    "outside_transforms",
     "own_buffers",
     "own_modules",
     "own_parameters",
@@ -27,6 +33,7 @@ __all__ = [
     "version",
     "without_autocast",
     "without_torch_function",
+    "written",
 ]
 
 
@@ -69,6 +76,50 @@ def are_transforms_off() -> bool:
 def version(tensor: Tensor) -> int:
     """Return how often a tensor was written to, as far as torch counts that."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Return whether a transform of torch.func, or forward mode, follows a tensor."""
+    in_transform: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return in_transform or forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def outside_transforms() -> AbstractContextManager[object]:
+    """Return a context whose tensors no transform of torch.func follows."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return nullcontext()
+    return temporarily_clear_interpreter_stack()
+
+
+def memory_of(tensor: Tensor) -> Tensor:
+    """Return the tensor that holds the values, under what transforms of torch.func put round it."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def is_alias(one: Tensor, other: Tensor) -> bool:
+    """Return whether a write to one tensor is seen in another."""
+    answer: bool = torch._C._is_alias_of(memory_of(one), memory_of(other))  # type: ignore[attr-defined]
+    return answer
+
+
+def written(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return what an operator of torch.ops writes to."""
+    parameters = operator._schema.arguments
+    given = {p.name: value for p, value in zip(parameters, args, strict=False)} | kwargs
+    writes = [p.name for p in parameters if p.alias_info is not None and p.alias_info.is_write]
+    return [given[name] for name in writes if name in given]
+
+
+@contextmanager
+def counting_writes() -> Iterator[None]:
+    """Let torch count writes to the tensors that are made inside; in inference mode it does not."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def is_autocast(device: torch.device) -> bool:
