@@ -14,13 +14,16 @@ from torch.utils._pytree import tree_map
 
 __all__ = [
     "GROUPED_PRODUCTS",
+    "VIEWED",
     "Convolution",
     "are_transforms_off",
     "counting_writes",
     "is_alias",
     "is_autocast",
     "is_eager",
+    "is_fake",
     "is_old_dynamo",
+    "is_traced",
     "is_wrapped",
     "memory_of",
     "operator_name",
@@ -48,6 +51,10 @@ GROUPED_PRODUCTS: list[Callable[..., Tensor]] = [
 ]
 
 
+# A tensor of which another is a view. To go on asking for it ends only if each answer is its own.
+VIEWED = Tensor._base.__get__  # type: ignore[union-attr]
+
+
 def operator_name(function: Any) -> str | None:
     """Return "library::operator" of an operator of torch.ops, None for other functions."""
     if isinstance(function, torch._ops.OpOverload):
@@ -66,6 +73,21 @@ def is_old_dynamo() -> bool:
     Not a property of a NamedTuple, and in 2.6 no new tensor of a subclass either.
     """
     return _HAS_OLD_DYNAMO and torch.compiler.is_compiling()
+
+
+def is_fake() -> bool:
+    """Return whether tensors are made without values: FakeTensorMode, and `torch.export` by it."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def is_traced() -> bool:
+    """Return whether torch.jit.trace is at work."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    answer: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return answer
 
 
 def are_transforms_off() -> bool:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from rosa_func._torch import (
     is_eager,
+    is_fake,
     is_old_dynamo,
+    is_traced,
     is_wrapped,
     operator_name,
     outside_transforms,
@@ -95,9 +97,14 @@ def composed(w: Weight) -> Tensor:
 def all_composed(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
     """Return `composed` of each; weights of one shape share one tensor of NaN.
 
-    A compiler that cannot follow those is given the dense weights.
+    Compilers and modes that cannot follow those are given the dense weights.
     """
-    if is_old_dynamo():
+    if is_traced():
+        raise ValueError(
+            "torch.jit.trace cannot follow the composed weights of a state: trace the merged "
+            "model, rosa_func.export.to_module(model, state)"
+        )
+    if is_old_dynamo() or is_fake():
         return {name: dense(w) for name, w in weights.items()}
     looks: Looks = {}
     found: dict[str, Tensor] = {}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rosa_func._torch import (
+    VIEWED,
     counting_writes,
     is_alias,
     memory_of,
@@ -80,7 +81,7 @@ def computed(
     for value, W, before in weights:
         if version(memory_of(W)) != before:
             raise write_error(func, value)
-    return tree_map(guarded, result)
+    return result if func == VIEWED else tree_map(guarded, result)
 
 
 def write_error(func: Function, weight: ReadOnly) -> Exception:
