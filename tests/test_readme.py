@@ -2,11 +2,13 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
+import rosa_func
 from models import seeded, tiny_gpt2, token_ids
 
 README = Path(__file__).parents[1] / "README.md"
@@ -37,3 +39,10 @@ def test_the_python_blocks_of_the_readme_run(monkeypatch: pytest.MonkeyPatch, tm
         exec(compile(block, str(README), "exec"), names)
     assert isinstance(names["value"], torch.Tensor)
     assert names["out"].logits.isfinite().all()
+    # A step forgets the graph of those before it, also where an optimizer had the leaves.
+    step: Any = names["step"]
+    names["model"] = model = seeded(lambda: tiny_gpt2(6, n_positions=32))
+    state = rosa_func.init(model, 2)
+    rosa_func.parameters(state)
+    state, _ = step(state, ids)
+    assert not any(leaf.requires_grad for leaf in rosa_func.weight.layout.leaves(state).values())

@@ -16,7 +16,7 @@ import rosa_func
 from cases import ANY_SAMPLER
 from models import randn, seeded, tiny_gpt2, token_ids, two_layers
 from references import dense_weights, main_output, perturbed, relative_distance
-from rosa_func import export, samplers
+from rosa_func import _torch, export, samplers
 
 IDS = token_ids(3, 6)
 TOLERANCE = 1e-5  # float32: two ways to sum the same tens of products, over a few layers
@@ -119,6 +119,24 @@ def test_vmap_over_stacked_adapters(sampler, key, inner):
         assert (
             relative_distance(result, functional_call(model, weights, (IDS,)).logits) <= TOLERANCE
         )
+
+
+@performance_drop
+@pytest.mark.parametrize("exact", [None, True])
+@pytest.mark.parametrize("sampler", [samplers.random, samplers.lora])
+def test_vmap_over_stacked_states_of_different_keys(sampler, exact):
+    """The README stacked what trains alone, though each state has its own R: 0.2 to 0.6 off."""
+    model = seeded(tiny_gpt2).eval()
+    states = [
+        perturbed(rosa_func.init(model, 2, key=key, sampler=sampler, exact=exact), seed=key)
+        for key in range(3)
+    ]
+    together = vmap(lambda s: rosa_func.call(model, s, IDS, use_cache=False).logits)(
+        torch.stack(states)
+    )
+    for state, result in zip(states, together, strict=True):
+        expected = functional_call(model, dense_weights(state), (IDS,)).logits
+        assert relative_distance(result, expected) <= TOLERANCE
 
 
 @performance_drop
@@ -316,11 +334,13 @@ def by_compose(model: nn.Module, state: TensorDict, x: Tensor) -> Tensor:
 EVERY_WAY = pytest.mark.parametrize("by", [rosa_func.call, by_compose], ids=["call", "compose"])
 
 
-@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, about its own graphs
 @EVERY_WAY
 @pytest.mark.parametrize("strict", [True, False])
 def test_torch_export_follows_a_state(by, strict, fresh_compiler):
     """With strict=False it ended in "Creating a new Tensor subclass Composed"."""
+    if strict and _torch._HAS_OLD_DYNAMO:
+        pytest.skip("torch before 2.11 exports the model's own weights by any functional_call")
     model, x = two_layers(), randn(3, 6)
     state = perturbed(rosa_func.init(model, 2))
     expected = by_compose(model, state, x)
