@@ -1,13 +1,15 @@
 """The parts of torch that are needed and have no public name, all in one place."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass as without_torch_function
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn.modules.conv import _ConvNd as Convolution
 from torch.utils._pytree import tree_map
@@ -18,15 +20,23 @@ __all__ = [
     "GROUPED_PRODUCTS",
     "STATE_DICT_HOOKS",
     "TENSOR_TABLES",
+    "VIEWED",
     "Convolution",
     "are_transforms_off",
+    "counting_writes",
+    "is_alias",
     "is_autocast",
     "is_eager",
+    "is_fake",
     "is_old_dynamo",
+    "is_traced",
+    "is_wrapped",
     "is_wrapper",
+    "memory_of",
     "move",
     "move_by",
     "operator_name",
+    "outside_transforms",
     "own_buffers",
     "own_hooks",
     "own_modules",
@@ -36,6 +46,7 @@ __all__ = [
     "version",
     "without_autocast",
     "without_torch_function",
+    "written",
 ]
 
 
@@ -51,6 +62,10 @@ GROUPED_PRODUCTS: list[Callable[..., Tensor]] = [
     for place, name in ((torch, "_grouped_mm"), (torch.nn.functional, "grouped_mm"))
     if hasattr(place, name)
 ]
+
+
+# A tensor of which another is a view. To go on asking for it ends only if each answer is its own.
+VIEWED = Tensor._base.__get__  # type: ignore[union-attr]
 
 
 def operator_name(function: Any) -> str | None:
@@ -73,6 +88,21 @@ def is_old_dynamo() -> bool:
     return _HAS_OLD_DYNAMO and torch.compiler.is_compiling()
 
 
+def is_fake() -> bool:
+    """Return whether tensors are made without values: FakeTensorMode, and `torch.export` by it."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def is_traced() -> bool:
+    """Return whether torch.jit.trace is at work."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    answer: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return answer
+
+
 def are_transforms_off() -> bool:
     """Return False inside a transform of torch.func or forward-mode derivatives."""
     return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
@@ -86,6 +116,50 @@ def is_wrapper(tensor: Tensor) -> bool:
 def version(tensor: Tensor) -> int:
     """Return how often a tensor was written to, as far as torch counts that."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Return whether a transform of torch.func, or forward mode, follows a tensor."""
+    in_transform: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return in_transform or forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def outside_transforms() -> AbstractContextManager[object]:
+    """Return a context whose tensors no transform of torch.func follows."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return nullcontext()
+    return temporarily_clear_interpreter_stack()
+
+
+def memory_of(tensor: Tensor) -> Tensor:
+    """Return the tensor that holds the values, under what transforms of torch.func put round it."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def is_alias(one: Tensor, other: Tensor) -> bool:
+    """Return whether a write to one tensor is seen in another."""
+    answer: bool = torch._C._is_alias_of(memory_of(one), memory_of(other))  # type: ignore[attr-defined]
+    return answer
+
+
+def written(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return what an operator of torch.ops writes to."""
+    parameters = operator._schema.arguments
+    given = {p.name: value for p, value in zip(parameters, args, strict=False)} | kwargs
+    writes = [p.name for p in parameters if p.alias_info is not None and p.alias_info.is_write]
+    return [given[name] for name in writes if name in given]
+
+
+@contextmanager
+def counting_writes() -> Iterator[None]:
+    """Let torch count writes to the tensors that are made inside; in inference mode it does not."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def is_autocast(device: torch.device) -> bool:
@@ -135,13 +209,13 @@ TENSOR_TABLES = frozenset({"_parameters", "_buffers"})
 _TABLES = [key for key, value in nn.Module().__dict__.items() if isinstance(value, dict | set)]
 STATE_DICT_HOOKS = frozenset(key for key in _TABLES if "state_dict" in key)
 FORWARD_TABLES = [key for key in _TABLES if key not in STATE_DICT_HOOKS and key != "_modules"]
-_HOOKS = [key for key in FORWARD_TABLES if key.endswith("_hooks")]
+_HOOKS = itemgetter(*(key for key in FORWARD_TABLES if key.endswith("_hooks")))
 
 
-def own_hooks(module: nn.Module) -> list[dict[int, Any]]:
+def own_hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
     """Return the tables of the hooks of a module alone that its passes call."""
-    attributes = module.__dict__
-    return [attributes[key] for key in _HOOKS]
+    hooks: tuple[dict[int, Any], ...] = _HOOKS(module.__dict__)
+    return hooks
 
 
 def own_persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

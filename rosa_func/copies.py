@@ -63,12 +63,7 @@ def links(modules: list[nn.Module]) -> list[Link] | None:
 
 def size(modules: Iterable[nn.Module]) -> int:
     """Return how many attributes and hooks there are, to see whether some are new."""
-    total = 0
-    for module in modules:
-        total += len(module.__dict__)
-        for hooks in own_hooks(module):
-            total += len(hooks)
-    return total
+    return sum(len(module.__dict__) + sum(map(len, own_hooks(module))) for module in modules)
 
 
 def _is_plain(module: nn.Module) -> bool:

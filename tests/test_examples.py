@@ -429,7 +429,10 @@ def test_ddp_starts_its_processes_and_ends_all_of_them_in_one_line_when_interrup
     """Ctrl-C in a terminal goes to the whole group of processes."""
     command = [sys.executable, "-u", "-m", "examples.ddp", "--short", "--cache", str(tmp_path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, **pipes, start_new_session=True) as run:
+    unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}  # in the processes that it starts too
+    with subprocess.Popen(
+        command, cwd=ROOT, **pipes, env=unbuffered, start_new_session=True
+    ) as run:
         assert run.stdout is not None
         said = iter(run.stdout.readline, "")
         assert any(line.startswith("base model: cached in") for line in said)  # by one of them

@@ -101,6 +101,9 @@ class TestExtras:
         """`checkpoint.save` gave "No module named 'safetensors'", and nothing else."""
         save(tmp_path)
         (tmp_path / "state.safetensors").rename(tmp_path / "model.safetensors")
+        config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
+        for name in ("config.json", "adapter_config.json", "adapter_model.safetensors"):
+            (tmp_path / name).write_text(json.dumps(config))
         for name in [name for name in sys.modules if name.partition(".")[0] == missing]:
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, missing, None)

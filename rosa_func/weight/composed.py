@@ -10,13 +10,19 @@ from torch import Tensor
 
 from rosa_func._torch import (
     is_eager,
+    is_fake,
     is_old_dynamo,
+    is_traced,
+    is_wrapped,
     operator_name,
+    outside_transforms,
     tree_map,
     without_autocast,
     without_torch_function,
+    written,
 )
 from rosa_func.weight.parts import Weight, cast, dense, rebuilt, tensors
+from rosa_func.weight.read_only import ReadOnly, computed, write_error
 
 # What a function does with a composed weight. The tables are filled by rules.py. A rule takes the
 # function and its arguments. It returns NotImplemented where the dense weight is to be formed.
@@ -24,7 +30,7 @@ RULES: dict[Any, Callable[..., Any]] = {}
 OPERATOR_RULES: dict[str | None, Callable[..., Any]] = {}  # of operators, by their names
 
 
-class Composed(Tensor):
+class Composed(ReadOnly):
     """A tensor of a weight's shape that stands for R + A B wherever it is used as a weight.
 
     It computes by differentiable operations on the parts. Under a transform of torch.func or a
@@ -43,9 +49,9 @@ class Composed(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Apply the parts where a rule is known, else form the dense weight."""
-        if func in _METADATA:
-            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         with without_torch_function():
+            if func in _METADATA:
+                return func(*args, **(kwargs or {}))
             rule = RULES.get(func) or OPERATOR_RULES.get(operator_name(func))
             if rule is not None and (not kwargs or kwargs.keys() <= _OPTIONS):
                 try:
@@ -54,12 +60,29 @@ class Composed(Tensor):
                     result = NotImplemented
                 if result is not NotImplemented:
                     return result
-            if args and isinstance(args[0], Composed) and _writes(func):
-                raise TypeError(
-                    f"{func.__name__} would write to a weight of shape {tuple(args[0].shape)} "
-                    "that stands for R + A B: make a new tensor of it, or leave it out of targets"
-                )
-            args, kwargs = tree_map(lambda value: formed(value, func), (args, kwargs or {}))
+            return computed(func, args, kwargs or {}, formed)
+
+
+class Dispatched(Composed):
+    """A composed weight that answers below autograd too, where no `__torch_function__` was asked.
+
+    An example is an input of a class that runs the function itself. Compilers cannot follow this.
+    """
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Any = None,
+    ) -> Any:
+        """Form the dense weight; its gradient is that of `_Outside`."""
+        with without_torch_function():
+            for value in written(func, args, kwargs or {}):
+                if isinstance(value, Composed):
+                    raise write_error(func, value)
+            args, kwargs = tree_map(lambda value: _seen_below(value, func), (args, kwargs or {}))
             return func(*args, **kwargs)
 
 
@@ -74,9 +97,14 @@ def composed(w: Weight) -> Tensor:
 def all_composed(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
     """Return `composed` of each; weights of one shape share one tensor of NaN.
 
-    A compiler that cannot follow those is given the dense weights.
+    Compilers and modes that cannot follow those are given the dense weights.
     """
-    if is_old_dynamo():
+    if is_traced():
+        raise ValueError(
+            "torch.jit.trace cannot follow the composed weights of a state: trace the merged "
+            "model, rosa_func.export.to_module(model, state)"
+        )
+    if is_old_dynamo() or is_fake():
         return {name: dense(w) for name, w in weights.items()}
     looks: Looks = {}
     found: dict[str, Tensor] = {}
@@ -92,21 +120,24 @@ Looks = dict[tuple[torch.Size, torch.dtype, torch.device], Tensor]
 
 def standing_for(w: Weight, looks: Looks) -> Composed:
     """Return a tensor that looks like the weight and stands for it."""
+    kind = Composed if torch.compiler.is_compiling() else Dispatched
+    stand_in: Composed
     if torch.is_grad_enabled() and is_eager() and any(t.requires_grad for t in tensors(w)):
-        seen = _Outside.apply(w, *tensors(w))  # type: ignore[no-untyped-call]
+        stand_in = _Outside.apply(w, *tensors(w)).as_subclass(kind)  # type: ignore[no-untyped-call]
     else:
         key = w.shape, w.base.dtype, w.base.device
-        if key not in looks:
-            looks[key] = _nothing_like(w)
-        seen = looks[key].mT if w.flipped else looks[key]
-    stand_in: Composed = seen.as_subclass(Composed)
+        with outside_transforms():  # which would put a tensor without `__torch_dispatch__` round it
+            if key not in looks:
+                looks[key] = _nothing_like(w)
+            seen = looks[key].mT if w.flipped else looks[key]
+            stand_in = seen.as_subclass(kind)
     stand_in.weight = w
     return stand_in
 
 
 def _nothing_like(w: Weight) -> Tensor:
     """Return NaN of the weight's shape, without its memory: no code may take R for the weight."""
-    return tensors(w)[0].new_full((), math.nan, dtype=w.base.dtype).expand(w.shape)
+    return torch.full((), math.nan, dtype=w.base.dtype, device=w.base.device).expand(w.shape)
 
 
 class _Outside(torch.autograd.Function):
@@ -138,14 +169,6 @@ class _Outside(torch.autograd.Function):
         return None, *(next(found) if value.requires_grad else None for value in values)
 
 
-def _writes(func: Callable[..., Any]) -> bool:
-    """Return whether a function writes to its first argument."""
-    name = func.__name__
-    if name == "__set__":
-        return getattr(func, "__self__", None) is Tensor.data
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-
-
 def formed(value: Any, func: Callable[..., Any]) -> Any:
     """Return the dense weight for a composed one, anything else as it is."""
     if not isinstance(value, Composed):
@@ -160,6 +183,20 @@ def formed(value: Any, func: Callable[..., Any]) -> Any:
         )
     with without_autocast(w.base.device):
         return dense(w)
+
+
+def _seen_below(value: Any, func: Callable[..., Any]) -> Any:
+    """Return the dense weight, as `formed`, where its gradient is not lost."""
+    if isinstance(value, Composed):
+        values = tensors(value.weight)
+        followed = torch.is_grad_enabled() and any(t.requires_grad for t in values)
+        if any(map(is_wrapped, values)) or (followed and not value.requires_grad):
+            raise TypeError(
+                f"{func} is computed with a weight of shape {tuple(value.shape)} that stands for "
+                "R + A B by code that does not ask its class, where its derivative would be lost: "
+                "leave it out of targets"
+            )
+    return formed(value, func)
 
 
 def getter(attribute: str) -> Any:

@@ -15,10 +15,15 @@ def right(x: Tensor, w: Weight, bias: Tensor | None = None, *, flipped: bool) ->
 
     Raises NotImplementedError where a part can only be folded in.
     """
-    if not _can_apply(w, 2):
+    if not _can_apply(w, 2) or x.is_nested:
         raise NotImplementedError
     lead = x.shape[:-1]
-    rows = x if len(lead) == 1 else x.reshape(-1, x.shape[-1])
+    if len(lead) == 1:
+        rows = x
+    elif x.layout is torch.strided:
+        rows = x.reshape(-1, x.shape[-1])
+    else:
+        raise NotImplementedError
     if not is_eager() or is_autocast(x.device) or (bias is not None and bias.ndim != 1):
         out = _sum(rows, w, bias, flipped)
     elif not torch.is_grad_enabled():
