@@ -27,6 +27,7 @@ __all__ = [
     "is_alias",
     "is_autocast",
     "is_eager",
+    "is_exporting",
     "is_fake",
     "is_old_dynamo",
     "is_traced",
@@ -93,6 +94,12 @@ def is_fake() -> bool:
     if torch.compiler.is_dynamo_compiling():
         return False
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def is_exporting() -> bool:
+    """Return whether torch.export is at work, as far as this torch says so (2.6 does not)."""
+    asked: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+    return asked()
 
 
 def is_traced() -> bool:

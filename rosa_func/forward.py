@@ -18,6 +18,7 @@ from rosa_func._torch import is_eager, own_buffers, own_parameters, version
 from rosa_func.places import Places, places, standing, swapped
 from rosa_func.recomputing import recomputed_in, refuse_wrong_checkpointing
 from rosa_func.weight import Parts, all_composed, read
+from rosa_func.weight.composed import refuse_tracing
 
 _locks: "WeakKeyDictionary[nn.Module, Any]" = WeakKeyDictionary()
 
@@ -32,8 +33,7 @@ def compose(state: TensorDict) -> dict[str, Tensor]:
         x W = x R + (x A) B,
 
     and so never form the gradient of W. Whatever else is asked of it forms the dense weight:
-    slower, still right; to write to it is an error. Code that torch subclasses cannot follow
-    (`torch.jit.script`, `torch.tensor(weight)`, `torch.func.vmap` over it) sees NaN.
+    slower, still right; to write to it is an error.
     Differentiate with respect to `state["trainable"]`.
 
     `functional_call` with these weights lets BatchNorm in training mode write to the buffers, which
@@ -219,6 +219,7 @@ def _fitted(
 
     Frozen tensors are views, so that the model's code may give them other data.
     """
+    refuse_tracing()
     parts, found = read(state), places(model)
     names = modules.fit(type(model).__name__, found.shapes(), _shapes(parts))
     views = {name: t.view_as(t) for name, t in parts.frozen.items() if isinstance(t, Tensor)}

@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from rosa_func import distributed, export, optim, samplers
-from rosa_func._torch import is_eager, move, own_buffers, own_modules, own_parameters
+from rosa_func._torch import is_eager, is_exporting, move, own_buffers, own_modules, own_parameters
 from rosa_func.forward import call, called, check_fit
 from rosa_func.modules import persistent_buffers, skeleton
 from rosa_func.places import places
@@ -72,7 +72,7 @@ class RosaModule(nn.Module):
         super().__init__()
         names = check_fit(model, state)  # or an error that names what is wrong
         buffers = {names[name] for name, _ in persistent_buffers(model)}
-        self._slots: dict[Path, tuple[dict[str, Any], str]] = {}
+        self._slots: dict[Path, tuple[nn.Module, str]] = {}  # whose tables may be replaced
         self._own: dict[Path, int] = {}
         for path, value in entries(state).items():
             value = value.detach()
@@ -86,9 +86,7 @@ class RosaModule(nn.Module):
         found, own = places(inside), {path[1]: slot for path, slot in self._slots.items()}
         owners = found.owners()
         self._buffer_slots = [
-            (own_buffers(owners[slot.owner]), slot.key)
-            if slot.name is None
-            else own[names[slot.name]]
+            (owners[slot.owner], slot.key) if slot.name is None else own[names[slot.name]]
             for slot in found.buffers
         ]
         self.train(model.training)
@@ -103,7 +101,9 @@ class RosaModule(nn.Module):
     @property
     def state(self) -> TensorDict:
         """The state: its trainable leaves are the parameters themselves."""
-        return from_entries({path: table[last] for path, (table, last) in self._slots.items()})
+        return from_entries(
+            {path: self._table(path)[last] for path, (_, last) in self._slots.items()}
+        )
 
     def resample(
         self,
@@ -139,7 +139,7 @@ class RosaModule(nn.Module):
                     optimizer.state[parameter] = slots[name]
         in_full = read(new).full
         for path, value in entries(new).items():
-            table, last = self._slots[path]
+            table, last = self._table(path), self._slots[path][1]
             if trains(path):
                 if path[1] not in in_full:
                     table[last].grad = None
@@ -207,7 +207,11 @@ class RosaModule(nn.Module):
         is_parameter = isinstance(value, nn.Parameter)
         table: dict[str, Any] = own_parameters(branch) if is_parameter else own_buffers(branch)
         table[last] = value
-        self._slots[path] = (table, last)
+        self._slots[path] = (branch, last)
+
+    def _table(self, path: Path) -> dict[str, Any]:
+        owner, _ = self._slots[path]
+        return own_parameters(owner) if trains(path) else own_buffers(owner)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RosaModule":
         """Move what the state does not hold as well: the skeleton's non-persistent buffers."""
@@ -220,15 +224,16 @@ class RosaModule(nn.Module):
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
                 buffers = [buffer.clone() for buffer in buffers]
-        for (table, key), buffer in zip(self._buffer_slots, buffers, strict=True):
-            table[key] = buffer
+        for (owner, key), buffer in zip(self._buffer_slots, buffers, strict=True):
+            own_buffers(owner)[key] = buffer
 
     def into_own_memory(self, *_: Any) -> None:
         """Let what `state_dict` hands out be written to: it is neither the state's nor the model's.
 
         Each tensor is copied once, and the old one let go, unless someone else holds it.
         """
-        for path, (table, last) in self._slots.items():
+        for path, (_owner, last) in self._slots.items():
+            table = self._table(path)
             if not trains(path) and self._own.get(path) != table[last].data_ptr():
                 table[last] = table[last].clone()
                 self._own[path] = table[last].data_ptr()
@@ -236,7 +241,8 @@ class RosaModule(nn.Module):
     def ready_to_load(self, given: dict[str, Any], prefix: str, *_: Any) -> None:
         """Let a state dict be loaded into memory that neither the state nor the model shares."""
         self.into_own_memory()
-        for path, (table, last) in self._slots.items():
+        for path, (_owner, last) in self._slots.items():
+            table = self._table(path)
             old, new = table[last], given.get(prefix + ".".join(path))
             # What rounding took has no elements while nothing was lost: the shape may be another.
             if (
@@ -263,6 +269,11 @@ def _class_for(model_class: type[nn.Module]) -> type[RosaModule]:
 
     def forward(self: RosaModule, *args: Any, **kwargs: Any) -> Any:
         model = self.__dict__["skeleton"]
+        if is_exporting():
+            raise ValueError(
+                "torch.export cannot follow a RosaModule: export the merged model, "
+                "rosa_func.export.to_module(module.skeleton, module.state)"
+            )
         if not is_eager():
             return call(model, self.state, *args, **kwargs)
         result, buffers = called(model, self.state, args, kwargs)

@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from models import (
     stock_model,
     tiny_gpt2,
     token_ids,
+    two_layers,
 )
 from references import main_output, model_snapshot, state_bytes, storage_pointers
 from rosa_func import samplers
@@ -282,3 +284,20 @@ def test_a_rosa_module_names_what_its_state_lacks():
         RosaModule(model, state)
     with pytest.raises(KeyError, match="was it made from this model"):
         RosaModule(nn.Linear(4, 3), rosa_func.init(model, 2))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_or_a_trace_is_refused_by_name_and_leaves_the_module_as_it_was(strict: bool):
+    """The module was left with tensors that have no values, for every later call."""
+    if not hasattr(torch.compiler, "is_exporting"):
+        pytest.skip("this torch does not say when it exports")
+    model, x = two_layers(), randn(3, 6)
+    module = RosaModule(model, rosa_func.init(model, 2))
+    expected = module(x)
+    with pytest.raises(Exception, match=r"export\.to_module"):
+        torch.export.export(module, (x,), strict=strict)
+    assert torch.equal(module(x), expected)
+    with pytest.raises(ValueError, match=r"export\.to_module"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.trace(module, (x,))
+    assert torch.equal(module(x), expected)

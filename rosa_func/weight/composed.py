@@ -99,11 +99,7 @@ def all_composed(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
 
     Compilers and modes that cannot follow those are given the dense weights.
     """
-    if is_traced():
-        raise ValueError(
-            "torch.jit.trace cannot follow the composed weights of a state: trace the merged "
-            "model, rosa_func.export.to_module(model, state)"
-        )
+    refuse_tracing()
     if is_old_dynamo() or is_fake():
         return {name: dense(w) for name, w in weights.items()}
     looks: Looks = {}
@@ -112,6 +108,15 @@ def all_composed(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
         terms = tuple(cast(term, w.base.dtype) for term in w.terms)
         found[name] = standing_for(Weight(w.base, terms, w.input_dim), looks)
     return found
+
+
+def refuse_tracing() -> None:
+    """Refuse torch.jit.trace by name: its own errors lead nowhere."""
+    if is_traced():
+        raise ValueError(
+            "torch.jit.trace cannot follow the composed weights of a state: trace the merged "
+            "model, rosa_func.export.to_module(model, state)"
+        )
 
 
 # What a weight looks like from outside, by shape, dtype and device.
