@@ -98,8 +98,8 @@ def is_fake() -> bool:
 
 def is_exporting() -> bool:
     """Return whether torch.export is at work, as far as this torch says so (2.6 does not)."""
-    asked: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
-    return asked()
+    flag: bool = getattr(torch.compiler, "_is_exporting_flag", False)
+    return flag
 
 
 def is_traced() -> bool:

@@ -2,10 +2,12 @@
 
 import gc
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from itertools import chain
 from types import CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import ProxyTypes, ref
 
 from torch import Tensor, nn
 
@@ -15,6 +17,9 @@ from rosa_func._torch import FORWARD_TABLES, STATE_DICT_HOOKS, TENSOR_TABLES, ow
 _MANY = 50_000
 # What holds no module, or what is the same for a copy.
 _CLOSED = (Tensor, type, ModuleType, CodeType, str, bytes, int, float, complex, type(None))
+
+# Attributes that are no links: tables that `copied` makes anew, hooks that no pass calls.
+_TABLES_APART = {*TENSOR_TABLES, *STATE_DICT_HOOKS, "_modules", "_apply"}
 
 Link = tuple[int, str]  # a module by its index, and one of its attributes
 
@@ -31,6 +36,7 @@ def copied(originals: list[nn.Module], links: Iterable[Link]) -> list[nn.Module]
         attributes = original.__dict__.copy()
         for table in FORWARD_TABLES:
             attributes[table] = attributes[table].copy()
+        attributes.pop("_apply", None)  # a skeleton's own way to move; in a copy it is a cycle
         children = attributes["_modules"]
         attributes["_modules"] = {key: counterparts[id(child)] for key, child in children.items()}
         object.__setattr__(copy, "__dict__", attributes)  # several times as fast as update
@@ -45,15 +51,13 @@ def links(modules: list[nn.Module]) -> list[Link] | None:
 
     None if a copy cannot follow one, such as a function that closes over a module.
     """
-    inside = {id(module): object() for module in modules}
+    inside = {id(module): _Placeholder() for module in modules}
     found: list[Link] = []
     clear: dict[int, Any] = {}
     for index, module in enumerate(modules):
         if not _is_plain(module):
             return None
-        for key, value in module.__dict__.items():
-            if key in TENSOR_TABLES or key in STATE_DICT_HOOKS or key == "_modules":
-                continue
+        for key, value in _others(module):
             if _reaches(value, inside, clear):
                 if _reaches(_moved(value, inside), inside, clear):
                     return None
@@ -61,9 +65,66 @@ def links(modules: list[nn.Module]) -> list[Link] | None:
     return found
 
 
-def size(modules: Iterable[nn.Module]) -> int:
-    """Return how many attributes and hooks there are, to see whether some are new."""
-    return sum(len(module.__dict__) + sum(map(len, own_hooks(module))) for module in modules)
+class Outline(NamedTuple):
+    """What `links` were found in, to see whether it is the same.
+
+    Attributes:
+        types: of all attributes.
+        objects: those that may lead to modules: owner, key, address, length, and the object. Links
+            are not held, since they would keep the model alive.
+        hooks: their keys, which torch gives once.
+    """
+
+    types: list[type]
+    objects: list[tuple[int, str, int, int, Any]]
+    hooks: list[int]
+
+    def is_of(self, modules: list[nn.Module]) -> bool:
+        """Return whether it is still that of these modules."""
+        if self.types != _types(modules) or self.hooks != _hooks(modules):
+            return False
+        for index, key, address, length, _ in self.objects:
+            value = modules[index].__dict__.get(key)
+            if id(value) != address or _length(value) != length:
+                return False
+        return True
+
+
+def outline(modules: list[nn.Module], links: list[Link] | None) -> Outline:
+    """Return the outline of modules with these links."""
+    linked = set(links or ())
+    objects = [
+        (index, key, id(value), _length(value), None if (index, key) in linked else value)
+        for index, module in enumerate(modules if links is not None else ())
+        for key, value in _others(module)
+        if not isinstance(value, _CLOSED) and key not in FORWARD_TABLES
+    ]
+    return Outline(_types(modules), objects, _hooks(modules))
+
+
+def _others(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the attributes that may lead to other modules, but for the tables of children."""
+    for key, value in module.__dict__.items():
+        if key not in _TABLES_APART:
+            yield key, value
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, list | dict | set | tuple) else 0
+
+
+def _types(modules: list[nn.Module]) -> list[type]:
+    values = chain.from_iterable(module.__dict__.values() for module in modules)
+    return list(map(type, values))
+
+
+def _hooks(modules: list[nn.Module]) -> list[int]:
+    tables = chain.from_iterable(map(own_hooks, modules))
+    return list(chain.from_iterable(filter(None, tables)))
+
+
+class _Placeholder:
+    """Stands for the copy of a module; weak references to it can be made."""
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -76,6 +137,10 @@ def _moved(value: Any, counterparts: Mapping[int, Any]) -> Any:
     if id(value) in counterparts:
         return counterparts[id(value)]
     kind = type(value)
+    if kind is ref:
+        target = value()
+        moved = _moved(target, counterparts)
+        return value if moved is target else ref(moved)
     if kind is MethodType:
         return MethodType(value.__func__, _moved(value.__self__, counterparts))
     if kind is partial:
@@ -101,7 +166,11 @@ def _reaches(value: Any, inside: Mapping[int, Any], clear: dict[int, Any]) -> bo
         seen[id(value)] = value
         if len(seen) > _MANY:
             return True
-        if isinstance(value, FunctionType):  # but not its globals
+        if type(value) in ProxyTypes:
+            return True  # it cannot be asked for what it stands for
+        if isinstance(value, ref):
+            left.append(value())
+        elif isinstance(value, FunctionType):  # but not its globals
             left += [value.__closure__, value.__defaults__, value.__kwdefaults__, value.__dict__]
         else:
             left += gc.get_referents(value)

@@ -110,15 +110,16 @@ def called(
         refuse_wrong_checkpointing(model, model.named_modules())
         placed = _in_each_place(model, state)
         return functional_call(model, placed, args, kwargs, tie_weights=False), []
-    found, names, weights, views = _fitted(model, state)
-    if "labels" in kwargs:
-        _warn_if_nothing_trains(model, weights)
-    copies = standing(found, names, weights)
+    with _alone(model):
+        found, names, weights, views = _fitted(model, state)
+        if "labels" in kwargs:
+            _warn_if_nothing_trains(model, weights)
+        copies = standing(found, names, weights)
+        if copies is None:
+            with _unwritten(views), _bound(model, found, names, weights):
+                return model(*args, **kwargs), found.left_in(found.owners())
     with _unwritten(views):
-        if copies is not None:
-            return copies[0](*args, **kwargs), found.left_in(copies)
-        with _alone(model), _bound(model, found, names, weights):
-            return model(*args, **kwargs), found.left_in(found.owners())
+        return copies[0](*args, **kwargs), found.left_in(copies)
 
 
 def adapted(model: nn.Module, state: TensorDict) -> nn.Module:
@@ -150,8 +151,9 @@ def adapted(model: nn.Module, state: TensorDict) -> nn.Module:
         >>> torch.equal(y, rosa_func.call(model, state, x))
         True
     """
-    found, names, weights, _ = _fitted(model, state)
-    copies = standing(found, names, weights)
+    with _alone(model):
+        found, names, weights, _ = _fitted(model, state)
+        copies = standing(found, names, weights)
     if copies is None:
         raise TypeError(
             f"the modules of {type(model).__name__} lead to each other in a way that a copy cannot "
@@ -266,7 +268,7 @@ def _warn_if_nothing_trains(model: nn.Module, weights: dict[str, Tensor]) -> Non
 
 
 def _alone(model: nn.Module) -> AbstractContextManager[object]:
-    """Return the lock of a model: one thread at a time swaps its tensors."""
+    """Return the lock of a model: while one thread swaps its tensors, no other looks at them."""
     lock: AbstractContextManager[object] = _locks.setdefault(model, RLock())
     return lock
 
@@ -282,7 +284,7 @@ def _in_each_place(model: nn.Module, state: TensorDict) -> dict[str, Tensor]:
     both = chain(model.named_parameters(), modules.persistent_buffers(model))
     by_tensor = {id(tensor): weights[names[name]] for name, tensor in both}
     for module in model.modules():
-        for buffer in module.buffers(recurse=False) if module.training else ():
+        for buffer in module.buffers(recurse=False):
             by_tensor[id(buffer)] = by_tensor.get(id(buffer), buffer).clone()
     placed = {}
     for prefix, module in model.named_modules():

@@ -40,8 +40,9 @@ class RosaModule(nn.Module):
 
     The model is not kept: a `skeleton` is. The trainable leaves and the model's buffers are cloned,
     and the rest when `state_dict` hands it out, so neither the state nor the model is ever written
-    to. What a forward pass writes to buffers (the statistics of BatchNorm) stays in the module's
-    own, but `torch.compile` drops it; attributes that it sets are dropped.
+    to. What a forward pass writes to persistent buffers (the statistics of BatchNorm) stays in the
+    module's own, but `torch.compile` drops it; other buffers and attributes that it sets are
+    dropped.
 
     It is no `PreTrainedModel`, so Trainer's checkpoints have the state, from which a run resumes,
     and no config.json: `save_pretrained(folder)` writes what `from_pretrained` loads.
@@ -83,12 +84,8 @@ class RosaModule(nn.Module):
             self._register(path, value)
         # Not a submodule: its parameters are on the meta device, and must not be listed.
         inside = self.__dict__["skeleton"] = skeleton(model)
-        found, own = places(inside), {path[1]: slot for path, slot in self._slots.items()}
-        owners = found.owners()
-        self._buffer_slots = [
-            (owners[slot.owner], slot.key) if slot.name is None else own[names[slot.name]]
-            for slot in found.buffers
-        ]
+        own = {path[1]: slot for path, slot in self._slots.items()}
+        self._buffer_slots = [own[names[str(slot.name)]] for slot in places(inside).buffers]
         self.train(model.training)
         self.__class__ = _class_for(type(model))  # type: ignore[arg-type]
         # Every rank has the frozen part from its own resample: nothing for DDP to broadcast.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rosa_func import modules
 from rosa_func._torch import own_buffers, own_modules, own_parameters, own_persistent_buffers
-from rosa_func.copies import Link, copied, links, size
+from rosa_func.copies import Link, Outline, copied, links, outline
 
 Table = dict[str, Any]
 
@@ -44,12 +44,12 @@ class Places(NamedTuple):
     Attributes:
         tensors: the parameters and persistent buffers, by their first names.
         slots: every place of each of them, and those of the other buffers.
-        buffers: those of the buffers among them.
+        buffers: those of the persistent buffers among them.
         checkpointing: the names of the modules that may recompute, as transformers marks them,
             and their indices.
         modules: all of them.
         links: other ways from module to module; None if a copy cannot follow one.
-        size: of `links`, to see whether there may be others.
+        outline: what `links` were found in, to see whether there may be others.
         keys, values: of all tables of all modules, to see whether anything was replaced.
     """
 
@@ -59,7 +59,7 @@ class Places(NamedTuple):
     checkpointing: list[tuple[str, int]]
     modules: "list[ref[nn.Module]]"
     links: list[Link] | None
-    size: int
+    outline: Outline
     keys: list[str]
     values: "list[ref[Any] | None]"
 
@@ -69,7 +69,7 @@ class Places(NamedTuple):
         return {name: tensor().shape for name, tensor in own.items()}
 
     def left_in(self, owners: list[nn.Module]) -> list[Tensor]:
-        """Return the buffers that the model, or a copy of its modules, has now."""
+        """Return the persistent buffers that the model, or a copy of its modules, has now."""
         return [slot.table(owners)[slot.key] for slot in self.buffers]
 
     def owners(self) -> list[nn.Module]:
@@ -181,18 +181,19 @@ def _look(model: nn.Module) -> Places:
     owners = list(named.values())
     tables = [table for module in owners for table in _tables(module)]
     values = chain.from_iterable(table.values() for table in tables)
+    others = links(owners)
     return Places(
         tensors={name: ref(tensor) for name, tensor in both.items()},
         slots=slots,
-        buffers=[slot for slot in slots if slot.is_buffer],
+        buffers=[slot for slot in slots if slot.is_buffer and slot.name],
         checkpointing=[
             (name, index)
             for index, (name, module) in enumerate(named.items())
             if hasattr(module, "gradient_checkpointing")
         ],
         modules=[ref(module) for module in owners],
-        links=links(owners),
-        size=size(owners),
+        links=others,
+        outline=outline(owners, others),
         keys=list(chain.from_iterable(tables)),
         values=[None if value is None else ref(value) for value in values],
     )
@@ -215,7 +216,7 @@ def _alive(reference: "ref[Any]") -> Any:
 def _is_current(found: Places) -> bool:
     """Return whether every module has the tensors and children under the names that it had."""
     alive = [module() for module in found.modules]
-    if None in alive or size(alive) != found.size:  # type: ignore[arg-type]
+    if None in alive or not found.outline.is_of(alive):  # type: ignore[arg-type]
         return False
     tables = [table for module in alive for table in _tables(module)]  # type: ignore[arg-type]
     keys = list(chain.from_iterable(tables))

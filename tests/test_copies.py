@@ -1,6 +1,9 @@
 """`call` computes on copies of a model's modules, which share all but tensors and children."""
 
+import gc
+import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -90,7 +93,12 @@ class TestThreads:
             for _ in range(100):
                 assert torch.equal(rosa_func.call(model, state, x), right)
 
-        in_threads(*(partial(work, *pair) for pair in zip(states, expected, strict=True)))
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)  # or threads seldom meet inside a call
+        try:
+            in_threads(*(partial(work, *pair) for pair in zip(states, expected, strict=True)))
+        finally:
+            sys.setswitchinterval(interval)
 
 
 class Linked(nn.Module):
@@ -161,6 +169,82 @@ class TestLinks:
         inner = merged[0](x)
         expected = merged[2](inner.relu() + inner)
         assert relative_distance(rosa_func.call(model, state, x), expected) <= 1e-5
+
+    @pytest.mark.parametrize("change", ["attribute", "list", "hook", "closure"])
+    def test_links_that_are_made_after_a_call_are_seen(self, change: str):
+        """What was remembered of the model led from the copy to the model's own weights."""
+
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+                self.extra: Any = None
+                self.more: list[nn.Module] = []
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = self.last(x)
+                for function in (self.extra, *self.more):
+                    x = x if function is None else function(x)
+                return x
+
+        model, x = seeded(Model), randn(3, 6)
+        handle = model.last.register_forward_hook(lambda module, args, out: out)
+        state = perturbed(rosa_func.init(model, 2), 0.3)
+        rosa_func.call(model, state, x)
+        if change == "attribute":
+            model.extra = model.first.forward
+        elif change == "list":
+            model.more.append(model.first)
+        elif change == "hook":
+            handle.remove()
+            model.last.register_forward_hook(lambda module, args, out: model.first(out))
+        else:
+            model.extra = lambda x: model.first(x)
+        W = rosa_func.merge(state)
+        y = x @ W["last.weight"].T + W["last.bias"]
+        expected = y @ W["first.weight"].T + W["first.bias"]
+        assert relative_distance(rosa_func.call(model, state, x), expected) <= 1e-5
+
+    def test_a_weak_reference_to_the_parent_leads_to_its_copy(self):
+        class Child(nn.Module):
+            def __init__(self, parent: nn.Module) -> None:
+                super().__init__()
+                self.parent, self.linear = weakref.ref(parent), nn.Linear(6, 6)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.parent().linear(self.linear(x))
+
+        class Parent(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear, self.child = nn.Linear(6, 6), Child(self)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.child(x)
+
+        whole, x = seeded(Parent), randn(3, 6)
+        state = perturbed(rosa_func.init(whole, 2), 0.3)
+        W = rosa_func.merge(state)
+        y = x @ W["child.linear.weight"].T + W["child.linear.bias"]
+        expected = y @ W["linear.weight"].T + W["linear.bias"]
+        assert relative_distance(rosa_func.call(whole, state, x), expected) <= 1e-5
+
+    @pytest.mark.parametrize("weightless", [False, True])
+    def test_a_copy_is_gone_when_its_results_are(self, weightless: bool):
+        """A cycle kept the residuals of the old state until the garbage collector came."""
+        model, x = two_layers(), randn(3, 6)
+        state = rosa_func.init(model, 2)
+        used = rosa_func.skeleton(model) if weightless else model
+        gc.disable()
+        try:
+            residual = weakref.ref(state["frozen", "0.weight"])
+            rosa_func.call(used, state, x)
+            copy = weakref.ref(rosa_func.adapted(used, state))
+            del state
+            assert copy() is None
+            assert residual() is None
+        finally:
+            gc.enable()
 
     def test_hooks_that_a_forward_pass_adds_are_dropped(self):
         """transformers installs hooks at the first call that asks for hidden states."""

@@ -202,22 +202,27 @@ class TestBuffers:
             rosa_func.merge(module.state)["1.running_mean"], stock[1].running_mean
         )
 
-    def test_buffers_that_no_state_holds_are_kept_too(self):
-        class Counting(nn.Linear):
+    def test_buffers_that_no_state_holds_are_dropped_with_the_attributes_beside_them(self):
+        """A rotary embedding that was grown for a long input kept half of what it had set."""
+
+        class Growing(nn.Linear):
             def __init__(self) -> None:
                 super().__init__(6, 4)
-                self.register_buffer("calls", torch.zeros(()), persistent=False)
+                self.longest = 2
+                self.register_buffer("scale", torch.ones(()), persistent=False)
 
             def forward(self, x: torch.Tensor) -> torch.Tensor:
-                self.calls += 1
-                return super().forward(x) * self.calls
+                if len(x) > self.longest:
+                    self.longest = len(x)
+                    self.register_buffer("scale", torch.tensor(3.0), persistent=False)
+                return super().forward(x) * self.scale
 
-        model = seeded(Counting)
-        module, x = RosaModule(model, rosa_func.init(model, 2)).double(), randn(2, 6).double()
-        first, second = module(x), module(x)
-        assert torch.equal(second, 2 * first)
-        assert torch.equal(copy.deepcopy(module)(x), 3 * first)
-        assert model.calls == 0
+        model = seeded(Growing)
+        module, x = RosaModule(model, rosa_func.init(model, 2)), randn(2, 6)
+        first = module(x)
+        module(randn(5, 6))
+        assert torch.equal(module(x), first)
+        assert (model.longest, model.scale.item()) == (2, 1.0)
 
 
 class TestStateDict:

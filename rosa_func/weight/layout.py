@@ -186,7 +186,7 @@ def _base(name: str, stored: Any) -> Base:
         return Dense(stored)
     fields = dict(stored.items())
     for kind in BASES:
-        if set(kind._fields) == fields.keys():
+        if sorted(kind._fields) == sorted(fields):  # compilers do not know all of sets
             base: Base = kind(**fields)
             return base
     known = " or ".join(", ".join(kind._fields) for kind in BASES if kind is not Dense)
