@@ -255,6 +255,10 @@ def test_jvp_is_the_slope_along_a_tangent(parts: Parts):
     assert relative_distance(slope, expected) <= 10 * TOLERANCE
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) == (2, 11),
+    reason="aot_autograd of torch 2.11 asks a tensor of grad for its storage",
+)
 @over([Parts("int8", "scaled and sparse")])
 def test_gradients_compile_as_one_whole_graph(parts: Parts):
     torch.compiler.reset()
