@@ -23,7 +23,9 @@ __all__ = [
     "VIEWED",
     "Convolution",
     "are_transforms_off",
+    "content_tables",
     "counting_writes",
+    "hook_tables",
     "is_alias",
     "is_autocast",
     "is_eager",
@@ -39,7 +41,6 @@ __all__ = [
     "operator_name",
     "outside_transforms",
     "own_buffers",
-    "own_hooks",
     "own_modules",
     "own_parameters",
     "own_persistent_buffers",
@@ -216,13 +217,10 @@ TENSOR_TABLES = frozenset({"_parameters", "_buffers"})
 _TABLES = [key for key, value in nn.Module().__dict__.items() if isinstance(value, dict | set)]
 STATE_DICT_HOOKS = frozenset(key for key in _TABLES if "state_dict" in key)
 FORWARD_TABLES = [key for key in _TABLES if key not in STATE_DICT_HOOKS and key != "_modules"]
-_HOOKS = itemgetter(*(key for key in FORWARD_TABLES if key.endswith("_hooks")))
-
-
-def own_hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    """Return the tables of the hooks of a module alone that its passes call."""
-    hooks: tuple[dict[int, Any], ...] = _HOOKS(module.__dict__)
-    return hooks
+# A module's attributes to its tables of hooks, and to those of its parameters, buffers, children.
+# By itemgetter, since they are asked for at each call.
+hook_tables = itemgetter(*(key for key in FORWARD_TABLES if key.endswith("_hooks")))
+content_tables = itemgetter("_parameters", "_buffers", "_modules")
 
 
 def own_persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -11,7 +11,12 @@ from weakref import ProxyTypes, ref
 
 from torch import Tensor, nn
 
-from rosa_func._torch import FORWARD_TABLES, STATE_DICT_HOOKS, TENSOR_TABLES, own_hooks
+from rosa_func._torch import (
+    FORWARD_TABLES,
+    STATE_DICT_HOOKS,
+    TENSOR_TABLES,
+    hook_tables,
+)
 
 # How many objects to look through, at most, for one that holds a module.
 _MANY = 50_000
@@ -37,8 +42,8 @@ def copied(originals: list[nn.Module], links: Iterable[Link]) -> list[nn.Module]
         for table in FORWARD_TABLES:
             attributes[table] = attributes[table].copy()
         attributes.pop("_apply", None)  # a skeleton's own way to move; in a copy it is a cycle
-        children = attributes["_modules"]
-        attributes["_modules"] = {key: counterparts[id(child)] for key, child in children.items()}
+        children = attributes["_modules"].items()
+        attributes["_modules"] = {key: counterparts[id(child)] for key, child in children}
         object.__setattr__(copy, "__dict__", attributes)  # several times as fast as update
     for index, key in links:
         attributes = copies[index].__dict__
@@ -110,16 +115,15 @@ def _others(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _length(value: Any) -> int:
-    return len(value) if isinstance(value, list | dict | set | tuple) else 0
+    return len(value) if type(value) in (list, dict, set, tuple) else 0
 
 
 def _types(modules: list[nn.Module]) -> list[type]:
-    values = chain.from_iterable(module.__dict__.values() for module in modules)
-    return list(map(type, values))
+    return list(map(type, chain.from_iterable(map(dict.values, map(vars, modules)))))
 
 
 def _hooks(modules: list[nn.Module]) -> list[int]:
-    tables = chain.from_iterable(map(own_hooks, modules))
+    tables = chain.from_iterable(map(hook_tables, map(vars, modules)))
     return list(chain.from_iterable(filter(None, tables)))
 
 

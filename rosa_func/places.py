@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rosa_func import modules
-from rosa_func._torch import own_buffers, own_modules, own_parameters, own_persistent_buffers
+from rosa_func._torch import content_tables, own_buffers, own_parameters, own_persistent_buffers
 from rosa_func.copies import Link, Outline, copied, links, outline
 
 Table = dict[str, Any]
@@ -179,7 +179,7 @@ def _look(model: nn.Module) -> Places:
                 name = first[id(tensor)] if key in persistent else None
                 slots.append(Slot(index, True, key, name))
     owners = list(named.values())
-    tables = [table for module in owners for table in _tables(module)]
+    tables = _tables(owners)
     values = chain.from_iterable(table.values() for table in tables)
     others = links(owners)
     return Places(
@@ -199,10 +199,9 @@ def _look(model: nn.Module) -> Places:
     )
 
 
-def _tables(module: nn.Module) -> Iterator[Table]:
-    yield own_parameters(module)
-    yield own_buffers(module)
-    yield own_modules(module)
+def _tables(modules: list[nn.Module]) -> list[Table]:
+    """Return the tables of what each of the modules has itself."""
+    return list(chain.from_iterable(map(content_tables, map(vars, modules))))
 
 
 _GONE = object()
@@ -218,7 +217,7 @@ def _is_current(found: Places) -> bool:
     alive = [module() for module in found.modules]
     if None in alive or not found.outline.is_of(alive):  # type: ignore[arg-type]
         return False
-    tables = [table for module in alive for table in _tables(module)]  # type: ignore[arg-type]
+    tables = _tables(alive)  # type: ignore[arg-type]
     keys = list(chain.from_iterable(tables))
     if len(keys) != len(found.keys) or not all(map(is_, keys, found.keys)):
         return False
