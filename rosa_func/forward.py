@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from threading import RLock
 from typing import Any
@@ -269,6 +269,8 @@ def _warn_if_nothing_trains(model: nn.Module, weights: dict[str, Tensor]) -> Non
 
 def _alone(model: nn.Module) -> AbstractContextManager[object]:
     """Return the lock of a model: while one thread swaps its tensors, no other looks at them."""
+    if not isinstance(model, nn.Module):
+        return nullcontext()  # `places` says what is wrong
     lock: AbstractContextManager[object] = _locks.setdefault(model, RLock())
     return lock
 

@@ -81,6 +81,7 @@ class Places(NamedTuple):
 _known: "WeakKeyDictionary[nn.Module, Places]" = WeakKeyDictionary()
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # after a graph break it is plain Python
 def places(model: nn.Module) -> Places:
     """Return the places of a model, from the last call if no part of it was replaced since."""
     if not isinstance(model, nn.Module):

@@ -601,6 +601,7 @@ class TestWrites:
             transform(loss)(given)
 
     @pytest.mark.skipif(_torch._HAS_OLD_DYNAMO, reason="it is given dense weights")
+    @pytest.mark.filterwarnings("ignore:Dynamo does not know")  # of what comes after the error
     def test_a_compiler_meets_the_error_too(self):
         torch.compiler.reset()
         model, x = seeded(lambda: Writes(WRITES["of data"])), randn(3, 6)
