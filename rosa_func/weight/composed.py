@@ -102,12 +102,14 @@ def all_composed(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
     refuse_tracing()
     if is_old_dynamo() or is_fake():
         return {name: dense(w) for name, w in weights.items()}
-    looks: Looks = {}
-    found: dict[str, Tensor] = {}
-    for name, w in weights.items():
-        terms = tuple(cast(term, w.base.dtype) for term in w.terms)
-        found[name] = standing_for(Weight(w.base, terms, w.input_dim), looks)
-    return found
+    computed_with = [_in_one_dtype(w) for w in weights.values()]
+    return dict(zip(weights, all_standing_for(computed_with), strict=True))
+
+
+def _in_one_dtype(w: Weight) -> Weight:
+    """Return the weight with terms of the base's dtype."""
+    terms = tuple([cast(term, w.base.dtype) for term in w.terms])
+    return Weight(w.base, terms, w.input_dim)
 
 
 def refuse_tracing() -> None:
@@ -119,25 +121,30 @@ def refuse_tracing() -> None:
         )
 
 
-# What a weight looks like from outside, by shape, dtype and device.
-Looks = dict[tuple[torch.Size, torch.dtype, torch.device], Tensor]
-
-
-def standing_for(w: Weight, looks: Looks) -> Composed:
+def standing_for(w: Weight) -> Composed:
     """Return a tensor that looks like the weight and stands for it."""
+    return all_standing_for([w])[0]
+
+
+def all_standing_for(weights: list[Weight]) -> list[Composed]:
+    """Return `standing_for` of each; weights of one shape share one tensor of NaN."""
     kind = Composed if torch.compiler.is_compiling() else Dispatched
-    stand_in: Composed
-    if torch.is_grad_enabled() and is_eager() and any(t.requires_grad for t in tensors(w)):
-        stand_in = _Outside.apply(w, *tensors(w)).as_subclass(kind)  # type: ignore[no-untyped-call]
-    else:
-        key = w.shape, w.base.dtype, w.base.device
-        with outside_transforms():  # which would put a tensor without `__torch_dispatch__` round it
-            if key not in looks:
-                looks[key] = _nothing_like(w)
-            seen = looks[key].mT if w.flipped else looks[key]
+    is_recorded = torch.is_grad_enabled() and is_eager()
+    looks: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
+    found: list[Composed] = []
+    with outside_transforms():  # which would put a tensor without `__torch_dispatch__` round each
+        for w in weights:
+            if is_recorded and any(t.requires_grad for t in tensors(w)):
+                seen = _Outside.apply(w, *tensors(w))  # type: ignore[no-untyped-call]
+            else:
+                key = w.shape, w.base.dtype, w.base.device
+                if key not in looks:
+                    looks[key] = _nothing_like(w)
+                seen = looks[key].mT if w.flipped else looks[key]
             stand_in = seen.as_subclass(kind)
-    stand_in.weight = w
-    return stand_in
+            stand_in.weight = w
+            found.append(stand_in)
+    return found
 
 
 def _nothing_like(w: Weight) -> Tensor:

@@ -12,7 +12,7 @@ from rosa_func.weight.composed import (
     OPERATOR_RULES,
     RULES,
     Composed,
-    Looks,
+    all_standing_for,
     formed,
     getter,
     standing_for,
@@ -118,7 +118,7 @@ def _transpose(func: Any, w: Any, *dims: Any, **named: Any) -> Any:
     swaps_last_two = not dims or {dim % ndim for dim in dims} == {ndim - 2, ndim - 1}
     # Without dimensions, only mT is about the last two of more than two.
     is_known = ndim == 2 or (w.weight.is_batch() and (dims or func == getter("mT")))
-    return standing_for(_flipped(w.weight), {}) if is_known and swaps_last_two else NotImplemented
+    return standing_for(_flipped(w.weight)) if is_known and swaps_last_two else NotImplemented
 
 
 def _getitem(func: Any, w: Any, index: Any) -> Any:
@@ -132,13 +132,11 @@ def _getitem(func: Any, w: Any, index: Any) -> Any:
         return NotImplemented
     if len(weight.base.shape) == 3 and (not isinstance(index, Tensor) or _is_place(index)):
         if not hasattr(w, "matrices") or w.matrices[0] != _moment(weight):
-            looks: Looks = {}
-            matrices = [standing_for(each, looks) for each in unbound(weight)]
-            w.matrices = _moment(weight), matrices
+            w.matrices = _moment(weight), all_standing_for(unbound(weight))
         return w.matrices[1][int(index)]
     base = weight.base.select(index)
     terms = tuple(term.select(index) for term in weight.terms)
-    return standing_for(weight._replace(base=base, terms=terms), {})
+    return standing_for(weight._replace(base=base, terms=terms))
 
 
 def _moment(w: Weight) -> Any:
