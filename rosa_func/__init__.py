@@ -18,6 +18,7 @@ To train:   parameters, named_parameters, count, fold_in.
 More is in rooms, each imported when it is first asked for, as rosa_func.optim:
 
 samplers     how A and B are drawn: ROSA, PiSSA, MiLoRA, LoRA and others
+sparse       robust adaptation: a sparse part beside A B, on a support chosen by gradients
 optim        groups with rates of their own; an optimizer that survives a resample
 checkpoint   states and runs in safetensors files; the change alone
 export       to plain modules, and to and from adapters of peft
@@ -39,7 +40,7 @@ from rosa_func.recomputing import recompute
 from rosa_func.trainable import Count, count, named_parameters, parameters
 
 if TYPE_CHECKING:
-    from rosa_func import checkpoint, distributed, export, module, optim, samplers
+    from rosa_func import checkpoint, distributed, export, module, optim, samplers, sparse
     from rosa_func import trainer as trainer
 
 __version__ = "0.1.0"
@@ -69,9 +70,10 @@ __all__ = [
     "resample",
     "samplers",
     "skeleton",
+    "sparse",
 ]
 
-_ROOMS = {"checkpoint", "distributed", "export", "module", "optim", "samplers", "trainer"}
+_ROOMS = {"checkpoint", "distributed", "export", "module", "optim", "samplers", "sparse", "trainer"}
 
 if not TYPE_CHECKING:  # or a type checker would take any name for one of ours
 

@@ -103,6 +103,8 @@ def draw_all(
 
 def _factors(how: Draw, W: Tensor, input_dim: int, *place: int) -> tuple[Tensor, Tensor]:
     """Return the sampler's factors of one matrix, checked."""
+    if not how.r:  # for a sparse part alone
+        return W.new_empty(len(W), 0), W.new_empty(0, W.shape[1])
     site = Site(how.name, input_dim, how.generator(*place))
     try:
         A, B = how.sampler(W, how.r, site)

@@ -111,7 +111,7 @@ def called(
         placed = _in_each_place(model, state)
         return functional_call(model, placed, args, kwargs, tie_weights=False), []
     with _alone(model):
-        found, names, weights, views = _fitted(model, state)
+        found, names, weights, views = _fitted(model, read(state))
         if "labels" in kwargs:
             _warn_if_nothing_trains(model, weights)
         copies = standing(found, names, weights)
@@ -152,7 +152,7 @@ def adapted(model: nn.Module, state: TensorDict) -> nn.Module:
         True
     """
     with _alone(model):
-        found, names, weights, _ = _fitted(model, state)
+        found, names, weights, _ = _fitted(model, read(state))
         copies = standing(found, names, weights)
     if copies is None:
         raise TypeError(
@@ -191,9 +191,22 @@ def bind(model: nn.Module, state: TensorDict) -> Iterator[nn.Module]:
         >>> torch.equal(y, rosa_func.call(model, state, x))
         True
     """
-    found, names, weights, _ = _fitted(model, state)
+    found, names, weights, _ = _fitted(model, read(state))
     with _bound(model, found, names, weights):
         yield model
+
+
+@contextmanager
+def computing_with(model: nn.Module, parts: Parts) -> Iterator[nn.Module]:
+    """Yield the model with these weights: a copy as of `adapted`, else itself as in `bind`."""
+    with _alone(model):
+        found, names, weights, _ = _fitted(model, parts)
+        copies = standing(found, names, weights)
+        if copies is None:
+            with _bound(model, found, names, weights):
+                yield model
+            return
+    yield copies[0]
 
 
 def check_fit(model: nn.Module, state: TensorDict) -> dict[str, str]:
@@ -215,14 +228,14 @@ def _shapes(parts: Parts) -> dict[str, torch.Size]:
 
 
 def _fitted(
-    model: nn.Module, state: TensorDict
+    model: nn.Module, parts: Parts
 ) -> tuple[Places, dict[str, str], dict[str, Tensor], dict[str, Tensor]]:
     """Return the model's places, its names in the state, the weights, and the frozen of these.
 
     Frozen tensors are views, so that the model's code may give them other data.
     """
     refuse_tracing()
-    parts, found = read(state), places(model)
+    found = places(model)
     names = modules.fit(type(model).__name__, found.shapes(), _shapes(parts))
     views = {name: t.view_as(t) for name, t in parts.frozen.items() if isinstance(t, Tensor)}
     return found, names, _composed(parts) | views, views

@@ -19,6 +19,7 @@ from rosa_func.weight import Term, Weight, read
 from rosa_func.weight.layout import leaves
 from rosa_func.weight.low_rank import LowRank
 from rosa_func.weight.parts import trainable
+from rosa_func.weight.sparse_part import SparsePart
 
 _NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
@@ -28,6 +29,7 @@ def groups(
     *,
     input: Mapping[str, Any] | None = _NO_OPTIONS,
     output: Mapping[str, Any] | None = _NO_OPTIONS,
+    sparse: Mapping[str, Any] | None = _NO_OPTIONS,
     full: Mapping[str, Any] | None = _NO_OPTIONS,
 ) -> list[dict[str, Any]]:
     """Return parameter groups for any `torch.optim` optimizer, each with its options.
@@ -45,10 +47,11 @@ def groups(
         input: options of the group of the factors on the input side, such as `{"lr": 1e-3}`; what
             is not given is the optimizer's default. None leaves them out: they stay as drawn.
         output: the same of the factors on the output side.
+        sparse: the same of the values of the sparse parts, see `rosa_func.sparse`.
         full: the same of the tensors trained in full, and of what else trains.
 
     Returns:
-        A group for each of the three that has tensors, in this order.
+        A group for each of the four that has tensors, in this order.
 
     Raises:
         ValueError: if an option is `params`, no tensor is left to train, or one is not a leaf.
@@ -63,7 +66,7 @@ def groups(
         >>> [group["lr"] for group in optimizer.param_groups]
         [0.001, 0.01]
     """
-    given = {"input": input, "output": output, "full": full}
+    given = {"input": input, "output": output, "sparse": sparse, "full": full}
     for side, options in given.items():
         if options is not None and "params" in options:
             raise ValueError(f"the options of {side} have 'params': groups chooses the tensors")
@@ -77,7 +80,7 @@ def groups(
     chosen["full"] += parts.full.values()
     if not any(chosen[side] for side, options in given.items() if options is not None):
         raise ValueError(
-            "no tensor is left to train: give options, not None, for input, output or full"
+            "no tensor is left to train: give options, not None, for input, output, sparse or full"
         )
     for side, options in given.items():
         for leaf in chosen[side]:
@@ -91,6 +94,8 @@ def groups(
 
 def _side(term: Term, field: str, w: Weight) -> str:
     """Return the group of a leaf."""
+    if isinstance(term, SparsePart):
+        return "sparse"
     if not isinstance(term, LowRank):
         return "full"
     from_the_left = int(w.input_dim) in (0, -2)  # x meets A first

@@ -52,8 +52,8 @@ def rank(r: int | float, name: str, shape: tuple[int, int]) -> int:
                 f"a fractional rank lies in (0, 1), got {r!r}; pass an int for a rank as such"
             )
         return max(1, int(round(r * limit, 9)))  # 0.29 of 100 is 28.999999999999996
-    if r < 1:
-        raise ValueError(f"a rank is at least 1, got {r}")
+    if r < 0:
+        raise ValueError(f"a rank is at least 0, got {r}")
     if r > limit:
         raise ValueError(
             f"rank {r} is larger than min{shape} = {limit} of {name}: give it a smaller rank, as "

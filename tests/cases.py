@@ -31,8 +31,9 @@ from rosa_func import samplers
 from rosa_func.weight import Base, Term, read, write
 from rosa_func.weight.dense import Dense
 from rosa_func.weight.low_rank import low_rank
-from rosa_func.weight.rounding import SUPPORTED, join, split
-from toys import Int8, Scale, Sparse
+from rosa_func.weight.rounding import SUPPORTED, factor_dtype, join, split
+from rosa_func.weight.sparse_part import SparsePart
+from toys import Int8, Scale
 
 # Samplers.
 
@@ -165,12 +166,23 @@ def adapt_every_weight(module: nn.Module, r: int, **options: object) -> TensorDi
 # What a weight is made of, beside its low-rank term. A test of any but DENSE and () needs the toys:
 # pytest.mark.usefixtures("toys").
 
+
+def sparse_at_start(W: Tensor, batch: bool) -> SparsePart:
+    """Return zeros at a quarter of the places of each matrix, chosen at random."""
+    matrices = W.flatten(0, -3) if batch else W.unsqueeze(0)
+    generator = torch.Generator().manual_seed(W.numel())
+    chosen = [torch.randperm(M.numel(), generator=generator) for M in matrices]
+    support = torch.stack([places[: 1 + len(places) // 4].sort().values for places in chosen])
+    support = support.int().view(*(W.shape[:-2] if batch else ()), -1)
+    return SparsePart(torch.zeros(support.shape, dtype=factor_dtype(W.dtype)), support)
+
+
 BASES: dict[str, Callable[[Tensor], Base]] = {"dense": Dense, "int8": Int8.like}
 TERMS: dict[str, tuple[Callable[[Tensor, bool], Term], ...]] = {
     "low rank": (),
     "scaled": (Scale.at_start,),
-    "sparse": (Sparse.at_start,),
-    "scaled and sparse": (Scale.at_start, Sparse.at_start),
+    "sparse": (sparse_at_start,),
+    "scaled and sparse": (Scale.at_start, sparse_at_start),
 }
 
 

@@ -18,7 +18,7 @@ def main_output(result: Any) -> Tensor:
 def dense_weights(state: TensorDict) -> dict[str, Tensor]:
     """Form every weight R + A B with no code of the library; autograd goes through it.
 
-    With the toys, scale * (codes * scales + A B) + S.
+    With a sparse part and the toys, scale * (codes * scales + A B + S).
     """
     weights = dict(state["frozen"].items())
     for name, value in state["trainable"].items():
@@ -29,13 +29,14 @@ def dense_weights(state: TensorDict) -> dict[str, Tensor]:
         R, entries = weights[name], dict(value.items())
         W = R if isinstance(R, Tensor) else R["codes"].to(R["scales"].dtype) * R["scales"]
         W = W + (entries["A"] @ entries["B"]).to(W.dtype).view(W.shape)
+        if "values" in entries:
+            values = entries["values"].to(W.dtype)
+            support = state["fixed", name, "support"].long()
+            matrices = torch.zeros_like(W).view(*values.shape[:-1], -1)
+            W = W + matrices.scatter(-1, support, values).view(W.shape)
         if "scale" in entries:
             scale = entries["scale"].to(W.dtype)
             W = W * scale.view(*scale.shape, *(1 for _ in W.shape[scale.ndim :]))
-        if "values" in entries:
-            S = torch.zeros_like(W).flatten()
-            S = S.index_add(0, state["fixed", name, "support"], entries["values"].to(W.dtype))
-            W = W + S.view(W.shape)
         weights[name] = W
     return weights
 

@@ -37,7 +37,7 @@ NAMES = ["0.weight", "1.weight", "3.weight", "4.weight"]
 TOLERANCE = 1e-5
 # All fields that a state of these parts may have of one weight, and what trains of them.
 FIELDS = {"low rank": [], "scaled": ["scale"], "sparse": ["values"]}
-FIELDS["scaled and sparse"] = [*FIELDS["scaled"], *FIELDS["sparse"]]
+FIELDS["scaled and sparse"] = [*FIELDS["sparse"], *FIELDS["scaled"]]
 
 
 class SumOfExperts(ExpertsInOneProduct):

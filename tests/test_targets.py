@@ -213,7 +213,7 @@ def test_which_weights_a_pattern_or_predicate_means(targets, names):
         ({"exact": "yes"}, TypeError, ["exact", "'yes'"]),
         ({"alpha": 16}, TypeError, ["alpha"]),
     ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
+    ids=lambda value: str(value).partition(" at 0x")[0] if isinstance(value, dict) else "",
 )
 def test_arguments_of_init_that_are_refused(options, error, parts):
     assert_init_refuses(error, *parts, model=seeded(tiny_gpt2), **options)

@@ -56,7 +56,7 @@ class Scale(NamedTuple):
     scale: Tensor
 
     fixed = frozenset[str]()
-    ndim = product = apply = apply_ = pull = rows = convolve = grouped = None
+    ndim = product = apply = apply_ = through = pull = rows = convolve = grouped = None
 
     @classmethod
     def at_start(cls, W: Tensor, batch: bool) -> "Scale":
@@ -77,42 +77,10 @@ class Scale(NamedTuple):
         return Scale(self.scale[index])
 
 
-class Sparse(NamedTuple):
-    """A few values at places that stay: W -> W + S. The support counts along the flat weight."""
-
-    values: Tensor
-    support: Tensor
-
-    fixed = frozenset({"support"})
-    ndim = apply = apply_ = pull = rows = convolve = grouped = select = None
-
-    @classmethod
-    def at_start(cls, W: Tensor, batch: bool) -> "Sparse":
-        chosen = torch.randperm(W.numel(), generator=torch.Generator().manual_seed(W.numel()))
-        support = chosen[: 1 + W.numel() // 4].sort().values
-        return cls(torch.zeros(len(support), dtype=factor_dtype(W.dtype)), support)
-
-    def check(self, shape: torch.Size) -> str | None:
-        if self.values.shape == self.support.shape:
-            return None
-        return f"{len(self.values)} values at {len(self.support)} places do not fit"
-
-    def product(self, shape: torch.Size) -> Tensor:
-        zeros = self.values.new_zeros(shape.numel())
-        return zeros.index_put((self.support,), self.values).view(shape)
-
-    def fold(self, W: Tensor) -> Tensor:
-        added = W.flatten().index_put((self.support,), self.values.to(W.dtype), accumulate=True)
-        return added.view(W.shape)
-
-    def restarted(self) -> "Sparse":
-        return Sparse(torch.zeros_like(self.values), self.support)
-
-
 @contextmanager
 def registered() -> Iterator[None]:
     """Let the library know the toys inside a `with` block."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "BASES", [*layout.BASES, Int8])
-        patch.setattr(layout, "TERMS", [*layout.TERMS, Scale, Sparse])
+        patch.setattr(layout, "TERMS", [*layout.TERMS, Scale])
         yield

@@ -22,10 +22,11 @@ from rosa_func.weight.dense import Dense
 from rosa_func.weight.low_rank import LowRank
 from rosa_func.weight.parts import Base, Term, Weight, fixed, trainable
 from rosa_func.weight.rounding import compensation_dtype
+from rosa_func.weight.sparse_part import SparsePart
 
 # A new kind is a file beside these, and an entry here. Terms are folded in this order.
 BASES: list[Any] = [Dense]
-TERMS: list[Any] = [LowRank]
+TERMS: list[Any] = [LowRank, SparsePart]
 
 Path = tuple[str, ...]
 _REQUIRED = ("frozen", "trainable", "input_dim")

@@ -31,6 +31,10 @@ class LowRank(NamedTuple):
         """A sampler draws the factors."""
 
     @property
+    def through(self) -> None:
+        """The factors are applied."""
+
+    @property
     def r(self) -> int:
         """The rank."""
         return self.A.shape[-1]
@@ -144,7 +148,7 @@ class LowRank(NamedTuple):
             A, B = F.pad(A, (0, missing)), F.pad(B, (0, 0, 0, missing))
         return product(product(x, A), B)
 
-    def rows(self, embedding: Callable[..., Tensor], indices: Tensor) -> Tensor:
+    def rows(self, embedding: Callable[..., Tensor], indices: Tensor, shape: torch.Size) -> Tensor:
         """Return rows of A B."""
         return embedding(indices, self.A) @ self.B
 

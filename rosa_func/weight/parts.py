@@ -83,16 +83,26 @@ class Term(Protocol):
         """(x, flipped, out) -> out + x P, or out + x P^T, P being the product."""
 
     @property
-    def apply_(self) -> Callable[[Tensor, bool, Tensor], Tensor] | None:
+    def apply_(self) -> Callable[[Tensor, bool, Tensor], Tensor | None] | None:
         """Do what `apply` does, written over `out`; return what `pull` is to be given."""
 
     @property
     def pull(self) -> Callable[..., tuple[Tensor | None, ...]] | None:
-        """(x, d, kept, flipped, d_x, needs) -> the gradients of the fields; adds to d_x."""
+        """(x, d, kept, flipped, d_x, needs) -> the gradients of the fields.
+
+        Adds its share to d_x, unless it is folded in.
+        """
 
     @property
-    def rows(self) -> Callable[[Callable[..., Tensor], Tensor], Tensor] | None:
-        """(embedding, indices) -> the rows of the product."""
+    def through(self) -> Callable[[Tensor, Tensor, bool], Tensor] | None:
+        """(x, R, flipped) -> x (R + P), or x (R + P)^T; asked where `apply` is None.
+
+        It is for a term that is added, and is cheaper folded into R than applied beside it.
+        """
+
+    @property
+    def rows(self) -> Callable[[Callable[..., Tensor], Tensor, torch.Size], Tensor] | None:
+        """(embedding, indices, shape of W) -> the rows of the product."""
 
     @property
     def convolve(self) -> Callable[..., Tensor] | None:

@@ -1,4 +1,7 @@
-"""Products with a weight that is not formed: x W = x R + (x A) B."""
+"""Products with a weight that is not formed: x W = x R + (x A) B.
+
+A term that cannot be applied beside R is folded into the copy of R that this product uses.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +10,8 @@ import torch
 from torch import Tensor
 
 from rosa_func._torch import is_autocast, is_eager
-from rosa_func.weight.parts import Weight, rebuilt, tensors
+from rosa_func.weight.dense import Dense
+from rosa_func.weight.parts import Base, Weight, rebuilt, tensors
 
 
 def right(x: Tensor, w: Weight, bias: Tensor | None = None, *, flipped: bool) -> Tensor:
@@ -39,52 +43,79 @@ def batched(x: Tensor, w: Weight, flipped: bool) -> Tensor:
     """Return x[e] W[e] for each matrix of a batch; raises as `right`."""
     if not w.is_batch() or not _can_apply(w, len(w.shape)):
         raise NotImplementedError
-    return _sum(x, w, None, flipped)
+    out = _folded(w).apply(x, flipped, None)  # type: ignore[misc]
+    return _with_applied(w, x, flipped, out)
 
 
 def grouped(product: Callable[..., Tensor], x: Tensor, w: Weight) -> Tensor:
     """Return x W[e] for the rows x of each group e, by a product of groups; raises as `right`."""
-    if not w.is_batch() or w.base.select is None or any(term.grouped is None for term in w.terms):
+    if not w.is_batch() or any(t.grouped is None and t.through is None for t in w.terms):
         raise NotImplementedError
-    R = w.base.dense()
+    R = _folded(w).dense()
     out = product(x, R.mT if w.flipped else R)
     for term in w.terms:
-        more = term.grouped(product, x, w.flipped)  # type: ignore[misc]
-        out = out.add_(more) if is_eager() else out + more
+        if term.grouped is not None:
+            more = term.grouped(product, x, w.flipped)
+            out = out.add_(more) if is_eager() else out + more
     return out
 
 
 def _can_apply(w: Weight, ndim: int) -> bool:
-    """Return whether all parts apply to products with weights of so many dimensions."""
+    """Return whether all terms can be in products with weights of so many dimensions."""
     for term in w.terms:
-        if term.ndim != ndim or term.apply is None:
+        if term.ndim != ndim or (term.apply is None and term.through is None):
             return False
-    return w.base.apply is not None and len(w.base.shape) == ndim
+    return len(w.base.shape) == ndim
 
 
 def _base(w: Weight) -> tuple[Tensor, ...]:
     return tuple(w.base)  # type: ignore[arg-type]
 
 
-def _sum(x: Tensor, w: Weight, bias: Tensor | None, flipped: bool) -> Tensor:
-    out = w.base.apply(x, flipped, bias)  # type: ignore[misc]
+def _folded(w: Weight) -> Base:
+    """Return a base that can be applied: R, with the terms in it that cannot."""
+    within = [term for term in w.terms if term.apply is None]
+    if not within and w.base.apply is not None:
+        return w.base  # the usual case
+    R = w.base.dense()
+    for term in within:
+        R = term.fold(R)
+    return Dense(R)
+
+
+def _with_applied(w: Weight, x: Tensor, flipped: bool, out: Tensor) -> Tensor:
+    """Add to x R what the terms make of x."""
     for term in w.terms:
-        out = term.apply(x, flipped, out)  # type: ignore[misc]
+        if term.apply is not None:
+            out = term.apply(x, flipped, out)
     return out
+
+
+def _sum(x: Tensor, w: Weight, bias: Tensor | None, flipped: bool) -> Tensor:
+    within = [term for term in w.terms if term.apply is None]
+    if not within:
+        out = _folded(w).apply(x, flipped, bias)  # type: ignore[misc]
+    else:
+        last = within[-1]
+        others = tuple(term for term in w.terms if term is not last)
+        out = last.through(x, _folded(w._replace(terms=others)).dense(), flipped)  # type: ignore[misc]
+        out = out if bias is None else out + bias
+    return _with_applied(w, x, flipped, out)
 
 
 def _sum_in_place(
     x: Tensor, w: Weight, bias: Tensor | None, flipped: bool
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return the sum, and for each term what its `pull` is to be given."""
-    out = w.base.apply(x, flipped, bias)  # type: ignore[misc]
+    out = _folded(w).apply(x, flipped, bias)  # type: ignore[misc]
     kept: list[Tensor | None] = []
     for term in w.terms:
-        if term.apply_ is None:
-            out = term.apply(x, flipped, out)  # type: ignore[misc]
-            kept.append(None)
-        else:
+        if term.apply_ is not None:
             kept.append(term.apply_(x, flipped, out))
+        else:
+            kept.append(None)
+            if term.apply is not None:
+                out = term.apply(x, flipped, out)
     return out, kept
 
 
@@ -110,7 +141,7 @@ class _InPlace(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         w, flipped = rebuilt(ctx.weight, saved), ctx.flipped
         kept = saved[len(needs) :]
-        d_x = w.base.apply(d, not flipped, None) if needs_x else None  # type: ignore[misc]
+        d_x = _folded(w).apply(d, not flipped, None) if needs_x else None  # type: ignore[misc]
         place = len(_base(w))
         gradients: list[Tensor | None] = [None] * place
         for term, inner in zip(w.terms, kept, strict=True):

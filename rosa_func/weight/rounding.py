@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rosa_func.weight.low_rank import LowRank
-from rosa_func.weight.parts import Base, Part, Weight, mapped
+from rosa_func.weight.parts import Base, Part, Term, Weight, mapped, trainable
 
 _SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 SUPPORTED = (*_SIXTEEN_BIT, torch.float32, torch.float64)
@@ -85,6 +85,31 @@ def join(w: Weight) -> Tensor:
             h, error = two_sum(h, term.product(h.shape).to(wide))
             left = error if left is None else error + left
     return h if left is None else h + left
+
+
+def absorbed(w: Weight, term: Term) -> Weight:
+    """Return the weight without an additive term, which its base has taken in: R' = R + P.
+
+    With what storing took, R' + lost' = R + lost + P up to a rounding of the order of eps^2.
+    """
+    others = tuple(other for other in w.terms if other is not term)
+    R = w.base.dense().detach()
+    if not any(value.any() for value in trainable(term).values()):
+        return w._replace(terms=others)
+    wide = factor_dtype(R.dtype)
+    if w.lost is not None:
+        wide = torch.promote_types(wide, w.lost.dtype)
+    P = term.product(R.shape).detach().to(wide)  # type: ignore[misc]
+    s, error = two_sum(R.to(wide), P)
+    if w.lost is not None and w.lost.numel():
+        s, more = two_sum(s, error + w.lost.to(device=s.device, dtype=wide))
+    else:
+        s, more = two_sum(s, error)
+    base, lost = w.base.store(s)
+    if w.lost is None:
+        return w._replace(base=base, terms=others)
+    lost = more if lost is None else lost + more
+    return w._replace(base=base, terms=others, lost=lost.to(w.lost.dtype))
 
 
 def aligned(part: Part) -> Part:

@@ -76,7 +76,7 @@ def _embedding(
     with without_autocast(w.device):
         rows = func(indices, weight.base.dense())
         for term in weight.terms:
-            more = term.rows(func, indices)
+            more = term.rows(func, indices, w.shape)
             if padding_idx is not None:
                 # A padded row gives no gradient to the weight, so none to A and none to B.
                 padded = (indices == padding_idx % w.shape[0]).unsqueeze(-1)

@@ -1,0 +1,103 @@
+"""The places of the largest entries, and how many of them."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rosa_func.keys import canonical
+from rosa_func.patterns import matches_nothing, select
+
+Density = float | Mapping[str, float]
+
+
+def budgets(shapes: Mapping[str, torch.Size], density: Density) -> dict[str, int]:
+    """Return how many places each matrix has, of the weights that have any."""
+    for name, shape in shapes.items():
+        if len(shape) < 2 or not shape.numel():
+            raise ValueError(f"{name} has scores of shape {tuple(shape)}, which is no matrix")
+    if not isinstance(density, Mapping):
+        return {name: _count(density, shape) for name, shape in shapes.items()}
+    named = {name: [name, canonical(name)] for name in shapes}
+    found: dict[str, int] = {}
+    for pattern, value in density.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"a mapping of densities has patterns as its keys, got {pattern!r}")
+        meant = select(named, pattern)
+        if not meant:
+            raise ValueError(f"{pattern!r} in density {matches_nothing(pattern, named)}")
+        found = {**{name: _count(value, shapes[name]) for name in meant}, **found}
+    return {name: found[name] for name in shapes if name in found}
+
+
+def _count(density: float, shape: torch.Size) -> int:
+    if isinstance(density, bool) or not isinstance(density, int | float):
+        raise TypeError(
+            f"a density is a number in (0, 1], got {density!r} of type {type(density).__name__}"
+        )
+    if not 0 < density <= 1:
+        raise ValueError(f"a density lies in (0, 1], got {density!r}")
+    # 0.29 of 100 is 28.999999999999996
+    return max(1, int(round(density * shape[-2] * shape[-1], 6)))
+
+
+def largest_of_each(scores: Tensor, k: int) -> Tensor:
+    """Return the places of the k largest of each matrix, rising; of equal ones the first."""
+    matrices = scores.detach().flatten(-2)
+    rows = matrices.view(-1, matrices.shape[-1])
+    chosen = torch.stack([_largest(row, k) for row in rows])
+    return as_index(chosen.view(*matrices.shape[:-1], k), matrices.shape[-1])
+
+
+def _largest(row: Tensor, k: int) -> Tensor:
+    least = row.topk(k, sorted=False).values.min()
+    above, equal = (row > least).nonzero().squeeze(1), (row == least).nonzero().squeeze(1)
+    return torch.cat([above, equal[: k - len(above)]]).sort().values
+
+
+def largest_of_all(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
+    """Return the places of the largest of all scores, as many as `counts` gives in all.
+
+    Of equal ones the first along the weights, in their order.
+    """
+    lead = {name: score.shape[:-2].numel() for name, score in scores.items()}
+    left = sum(k * lead[name] for name, k in counts.items())
+    flat = {name: score.detach().flatten() for name, score in scores.items()}
+    candidates = [row.topk(min(left, len(row)), sorted=False).values for row in flat.values()]
+    least = torch.cat([c.cpu() for c in candidates]).topk(left, sorted=False).values.min()
+    above = {name: int((row > least.to(row.device)).sum()) for name, row in flat.items()}
+    left -= sum(above.values())
+    found = {}
+    for name, row in flat.items():
+        equal = min(left, int((row == least.to(row.device)).sum()))
+        left -= equal
+        if k := (above[name] + equal) // lead[name]:
+            found[name] = largest_of_each(scores[name], k)
+    return found
+
+
+def checked(name: str, places: Tensor, shape: torch.Size) -> Tensor:
+    """Return a support of one weight, sorted, or say what is wrong with it."""
+    *lead, m, n = shape
+    if not isinstance(places, Tensor) or places.is_floating_point() or places.dtype == torch.bool:
+        got = places.dtype if isinstance(places, Tensor) else type(places).__name__
+        raise TypeError(f"the support of {name} is a tensor of integers, got {got}")
+    if list(places.shape[:-1]) != lead or not places.ndim or not places.shape[-1]:
+        raise ValueError(
+            f"the support of {name} has shape {tuple(places.shape)}, expected "
+            f"{(*lead, 'k')} for matrices of {m} x {n}".replace("'", "")
+        )
+    if places.min() < 0 or places.max() >= m * n:
+        raise ValueError(
+            f"the support of {name} has places from {int(places.min())} to {int(places.max())}, "
+            f"and its {m} x {n} matrix those from 0 to {m * n - 1}"
+        )
+    rising = places.sort(-1).values
+    if twice := rising[..., 1:][rising[..., 1:] == rising[..., :-1]].tolist():
+        raise ValueError(f"the support of {name} has the place {twice[0]} more than once")
+    return as_index(rising, m * n)
+
+
+def as_index(places: Tensor, size: int) -> Tensor:
+    """Return places in the smallest of the two types of indices that can count to `size`."""
+    return places.to(torch.int32 if size < 2**31 else torch.int64)

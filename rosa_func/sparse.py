@@ -1,0 +1,301 @@
+"""Robust adaptation: a sparse part that trains beside the factors, W = R + A B + S."""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from rosa_func import keys
+from rosa_func._supports import Density, budgets, checked, largest_of_all, largest_of_each
+from rosa_func.forward import computing_with
+from rosa_func.modules import some
+from rosa_func.weight import Parts, Weight, read, write
+from rosa_func.weight.low_rank import low_rank
+from rosa_func.weight.parts import mapped
+from rosa_func.weight.probe import Probe
+from rosa_func.weight.rounding import absorbed, factor_dtype
+from rosa_func.weight.sparse_part import SparsePart, sparse_part
+
+_HOW = ("mean_square", "mean_abs")
+_ACROSS = ("weight", "model")
+
+
+def scores(
+    model: nn.Module,
+    state: TensorDict,
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+    *,
+    how: str = "mean_square",
+) -> dict[str, Tensor]:
+    """Return how much each entry of the adapted weights matters, by gradients of a few batches.
+
+        mean_square:  score = (1/k) sum_b G_b^2,    mean_abs:  score = |(1/k) sum_b G_b|
+
+    G_b is the gradient of the loss of batch b by the whole weight, at its value of now. In memory
+    are one weight's gradient at a time, and the sums of all. The state and its gradients stay as
+    they are. A mean of squares depends on how many examples a batch has: small ones have noisier
+    gradients, which add to it. Score with the batches of the training.
+
+    Args:
+        model: the model, or its `skeleton`.
+        state: a state of `init` or `resample`.
+        batches: what `loss` takes, one after another.
+        loss: (model, batch) -> a scalar. The model is one that computes with the state, in the mode
+            of the given one: so in training mode there is dropout.
+        how: "mean_square" or "mean_abs".
+
+    Returns:
+        {name: m x n} for each adapted weight, in float32 at least: of a convolution m x (the rest),
+        of a batch of matrices m x n for each.
+
+    Raises:
+        ValueError: if `how` is another word, there is no batch, or the loss is not a scalar that
+            depends on an adapted weight, or not finite; or as `call` does.
+        KeyError: as `call` does.
+
+    Source: Nikdan et al. 2024, "RoSA", section 4.2.
+
+    Example:
+        >>> import rosa_func, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> state, batches = rosa_func.init(model, 2), [torch.ones(3, 6), torch.zeros(3, 6)]
+        >>> def loss(model, x):
+        ...     return model(x).square().mean()
+        >>> scores = rosa_func.sparse.scores(model, state, batches, loss)
+        >>> scores["0.weight"].shape
+        torch.Size([4, 6])
+    """
+    if how not in _HOW:
+        raise ValueError(f"how is one of {', '.join(_HOW)}, got {how!r}")
+    parts = _detached(read(state))
+    probes = {name: _probe(w) for name, w in parts.adapted().items()}
+    sums = {
+        name: torch.zeros(
+            probe.zeros.shape,
+            dtype=torch.promote_types(probe.zeros.dtype, torch.float32),
+            device=probe.zeros.device,
+        )
+        for name, probe in probes.items()
+    }
+
+    def add(leaf: Tensor, into: Tensor) -> None:
+        G, leaf.grad = leaf.grad, None  # the next weight's takes the same memory
+        if how == "mean_square":
+            G = G.to(into.dtype)  # type: ignore[union-attr]  # 16 bits have no squares of 1e-6
+            into.addcmul_(G, G)
+        else:
+            into.add_(G)  # type: ignore[arg-type]
+
+    for name, probe in probes.items():
+        hook: Any = partial(add, into=sums[name])
+        probe.zeros.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    weights = {n: w._replace(terms=(*w.terms, probes[n])) for n, w in parts.adapted().items()}
+    parts = parts._replace(frozen={**parts.frozen, **weights})
+    count = 0
+    for batch in batches:
+        with torch.enable_grad(), computing_with(model, parts) as computing:
+            _checked_loss(loss(computing, batch), count).backward()  # type: ignore[no-untyped-call]
+        count += 1
+    if not count:
+        raise ValueError("batches is empty: scores are means over at least one batch")
+    for total in sums.values():
+        total.div_(count)
+    return {name: total if how == "mean_square" else total.abs_() for name, total in sums.items()}
+
+
+def support(
+    scores: Mapping[str, Tensor], density: Density, *, across: str = "weight"
+) -> dict[str, Tensor]:
+    """Return the places of the largest scores, for `add`.
+
+        k = int(density m n) of the m n entries of a matrix, but at least 1
+
+    Of equal scores the first along the flat matrix are taken, so two processes with the same scores
+    find the same.
+
+    Args:
+        scores: of `scores`, or of one's own: {name: m x n}, of a batch of matrices m x n for each.
+        density: a number in (0, 1]; or a mapping from patterns, as the ranks of `init`, to such
+            numbers, the first match counts, and a weight that none matches has no sparse part.
+        across: "weight" gives each weight its own k; "model" takes as many in all, wherever they
+            are largest, and a weight without any has no sparse part. In a batch each matrix has as
+            many as the others, so there the k of each is rounded down.
+
+    Returns:
+        {name: k places}, rising, int32 where that can count m n.
+
+    Raises:
+        ValueError: for a density out of range, a pattern without a match, scores that are not
+            finite or not matrices, or another word for `across`.
+        TypeError: for a density or a pattern of another type.
+
+    Source: Nikdan et al. 2024, "RoSA", section 4.2.
+
+    Example:
+        >>> import rosa_func, torch
+        >>> scores = {"0.weight": torch.tensor([[0.0, 3.0, 1.0], [1.0, 0.0, 2.0]])}
+        >>> rosa_func.sparse.support(scores, 0.5)
+        {'0.weight': tensor([1, 2, 5], dtype=torch.int32)}
+    """
+    if across not in _ACROSS:
+        raise ValueError(f"across is one of {', '.join(_ACROSS)}, got {across!r}")
+    counts = budgets({name: score.shape for name, score in scores.items()}, density)
+    if bad := [name for name in counts if not scores[name].isfinite().all()]:
+        raise ValueError(f"the scores of {some(bad)} are not finite")
+    chosen = {name: scores[name] for name in counts}
+    if across == "model":
+        return largest_of_all(chosen, counts)
+    return {name: largest_of_each(score, counts[name]) for name, score in chosen.items()}
+
+
+def support_random(state: TensorDict, density: Density, key: int) -> dict[str, Tensor]:
+    """Return places at random, every set of them equally likely: the control for `support`.
+
+    Args:
+        state: a state of `init` or `resample`.
+        density: as in `support`.
+        key: any int. Each weight draws from `fold_in(key, "support", name)`, a matrix of a batch
+            from that and its place.
+
+    Returns:
+        As of `support`.
+
+    Raises:
+        ValueError, TypeError: as `support` does; TypeError if the key is not an int.
+
+    Example:
+        >>> import rosa_func, torch
+        >>> state = rosa_func.init(torch.nn.Sequential(torch.nn.Linear(6, 4)), 2)
+        >>> rosa_func.sparse.support_random(state, 0.25, key=0)["0.weight"].shape
+        torch.Size([6])
+    """
+    keys.check_key(key)
+    weights = read(state).adapted()
+    shapes = {name: torch.Size(low_rank(w).shape) for name, w in weights.items()}
+    found = {}
+    for name, k in budgets(shapes, density).items():
+        *lead, m, n = shapes[name]
+        drawn = [
+            torch.randperm(m * n, generator=keys.generator(key, "support", name, *place))[:k]
+            for place in (((e,) for e in range(torch.Size(lead).numel())) if lead else [()])
+        ]
+        found[name] = checked(name, torch.stack(drawn).view(*lead, k), shapes[name])
+    return found
+
+
+def add(state: TensorDict, support: Mapping[str, Tensor]) -> TensorDict:
+    """Give weights a sparse part that is zero; the function stays the same, bit for bit.
+
+        W = R + A B    becomes    W = R + A B + S,    S = 0 on a support that stays
+
+    All else is the given state's own, so an optimizer of its leaves need only be told of the new
+    ones, {"0.weight.values": k}: see `optim.groups` and `named_parameters`. `resample` merges S
+    into R, and goes on with zeros on the same support. For a sparse part alone begin with rank 0,
+    `init(model, 0)`.
+
+    Args:
+        state: a state of `init` or `resample`.
+        support: {name: k places}, of `support`, `support_random` or one's own: k integers, each
+            counted along the flat m x n matrix (of a convolution m x the rest), of a batch of
+            matrices k for each.
+
+    Returns:
+        A new state.
+
+    Raises:
+        ValueError: for a weight that has a sparse part already (`remove` it first), and places that
+            are of another shape than the weight, out of range or given twice.
+        TypeError: for places that are no integers.
+        KeyError: for a name that is no adapted weight's, or no name at all.
+
+    Source: Nikdan et al. 2024, "RoSA", equation 2.
+
+    Example:
+        >>> import rosa_func, torch
+        >>> state = rosa_func.init(torch.nn.Sequential(torch.nn.Linear(6, 4)), 2)
+        >>> state = rosa_func.sparse.add(state, {"0.weight": torch.tensor([0, 7, 23])})
+        >>> list(rosa_func.named_parameters(state))
+        ['0.weight.A', '0.weight.B', '0.weight.values']
+    """
+    parts = read(state)
+    adapted = parts.adapted()
+    if not support:
+        raise KeyError("the support has no weight in it")
+    new = {}
+    for name, places in support.items():
+        if name not in adapted:
+            raise KeyError(f"{name} has a support, and is no adapted weight of the state")
+        w = adapted[name]
+        if sparse_part(w) is not None:
+            raise ValueError(f"{name} has a sparse part: sparse.remove(state) merges it into R")
+        places = checked(name, places, torch.Size(low_rank(w).shape)).to(w.base.device)
+        values = torch.zeros(
+            places.shape, dtype=factor_dtype(w.base.dtype), device=w.base.device
+        ).requires_grad_(any(leaf.requires_grad for leaf in low_rank(w)))
+        new[name] = w._replace(terms=(*w.terms, SparsePart(values, places)))
+    return write(parts._replace(frozen={**parts.frozen, **new}))
+
+
+def remove(state: TensorDict) -> TensorDict:
+    """Merge the sparse parts into the residuals, and leave them out; the function stays the same.
+
+        W = R + A B + S    becomes    W = R' + A B,    R' = R + S
+
+    What rounding takes is kept where the state has a compensation. To go on with another support,
+    `add(remove(state), support)`.
+
+    Args:
+        state: a state of `init`, `resample` or `add`.
+
+    Returns:
+        A new state; all but the residuals is the given one's own.
+
+    Raises:
+        ValueError: if no weight has a sparse part.
+
+    Example:
+        >>> import rosa_func, torch
+        >>> state = rosa_func.init(torch.nn.Sequential(torch.nn.Linear(6, 4)), 2)
+        >>> new = rosa_func.sparse.add(state, rosa_func.sparse.support_random(state, 0.25, key=0))
+        >>> list(rosa_func.named_parameters(rosa_func.sparse.remove(new)))
+        ['0.weight.A', '0.weight.B']
+    """
+    parts = read(state)
+    new = {
+        name: absorbed(w, part)
+        for name, w in parts.adapted().items()
+        if (part := sparse_part(w)) is not None
+    }
+    if not new:
+        raise ValueError("no weight of the state has a sparse part")
+    return write(parts._replace(frozen={**parts.frozen, **new}))
+
+
+def _probe(w: Weight) -> Probe:
+    return Probe.of(torch.Size(low_rank(w).shape), w.base.dtype, w.base.device)
+
+
+def _detached(parts: Parts) -> Parts:
+    """Return the parts as values, so that no gradient reaches the leaves of a state."""
+    weights = {
+        name: w._replace(terms=tuple(mapped(t, Tensor.detach, t._fields) for t in w.terms))
+        for name, w in parts.adapted().items()
+    }
+    full = {name: value.detach() for name, value in parts.full.items()}
+    return parts._replace(frozen={**parts.frozen, **weights}, full=full)
+
+
+def _checked_loss(value: Any, place: int) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
+        raise ValueError(
+            f"loss(model, batch) is a scalar tensor that depends on the adapted weights; for batch "
+            f"{place} it returned {what!r}"
+        )
+    if not value.isfinite():
+        raise ValueError(f"the loss of batch {place} is {float(value)}")
+    return value
