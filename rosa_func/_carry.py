@@ -6,10 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rosa_func._slots import COUNTS, FACTORED, FIRST, SECOND, Slots, check_slots, fresh
-from rosa_func.weight import Weight
+from rosa_func._slots import COUNTS, FACTORED, FIRST, SECOND, Slots, are_moments, check_slots, fresh
+from rosa_func.weight import Term, Weight
 from rosa_func.weight.low_rank import LowRank, low_rank
 from rosa_func.weight.parts import trainable
+from rosa_func.weight.sparse_part import SparsePart
 
 
 def carry(
@@ -31,6 +32,8 @@ def carry(
         if all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs.values()):
             continue
         own = {leaf: slots[leaf] for leaf in pairs}
+        if _goes_on(term, drawn) and all(map(are_moments, own.values())):
+            continue
         for leaf, (tensor, _) in pairs.items():
             check_slots(optimizer, leaf, tensor, own[leaf], moments)
         if moments == "reset":
@@ -40,6 +43,16 @@ def carry(
         else:
             after |= hand_on(pairs, own, fraction)
     return after
+
+
+def _goes_on(old: Term, new: Term) -> bool:
+    """Return whether the gradient of a term is what it was before the merge.
+
+    That of a sparse part is the weight's, at the same places.
+    """
+    if not isinstance(old, SparsePart) or not isinstance(new, SparsePart):
+        return False
+    return torch.equal(old.support, new.support)
 
 
 def hand_on(

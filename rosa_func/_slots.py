@@ -115,6 +115,11 @@ def check_slots(
             )
 
 
+def are_moments(slots: Slots) -> bool:
+    """Return whether all slots are moments of gradients, and counts of their steps."""
+    return all(slot in COUNTS or slot in _PRUNED for slot in slots)
+
+
 def _is_weight(slot: str, value: Any, leaf: Tensor) -> bool:
     as_large = isinstance(value, Tensor) and value.numel() == leaf.numel()
     return slot in _WEIGHTS or (as_large and _WORDS_OF_WEIGHTS.search(slot) is not None)

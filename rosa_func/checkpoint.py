@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from rosa_func.weight import layout, read, rounding
 from rosa_func.weight.factoring import Factored, factored
 from rosa_func.weight.low_rank import LowRank, low_rank
 from rosa_func.weight.parallel import map_weights
+from rosa_func.weight.parts import mapped
+from rosa_func.weight.rounding import aligned
+from rosa_func.weight.sparse_part import SparsePart, sparse_part
 
 
 def save(path: str | os.PathLike[str], state: TensorDict, **extra: Any) -> None:
@@ -101,9 +105,9 @@ def digest(state: TensorDict | Mapping[str, Tensor]) -> str:
 def delta(
     state: TensorDict, model: nn.Module, *, tol: float = 1e-7, rank: int | None = None
 ) -> TensorDict:
-    """Return the change of each weight as a product of the smallest rank.
+    """Return the change of each weight as a product of the smallest rank, and its sparse part.
 
-        W - W0 = A B + E,    |E| <= tol |W|  (Frobenius),    W0 of the model
+        W - W0 = A B + S + E,    |E| <= tol |W|  (Frobenius),    W0 of the model
 
     W is what `merge` returns, before it is rounded to 16 bits; the rounding of A and B to float32
     comes on top of tol, and is in the `error` that is returned. In a batch each matrix has its
@@ -112,7 +116,8 @@ def delta(
     A change after K cycles of rank r has rank 2 r K at most: a few MB to keep or send where the
     merged model has hundreds. A float32 residual is rounded at every resample, in all directions:
     after about 100 cycles that alone is 1e-7 of |W|, and takes a high rank. Then raise tol, give
-    `rank`, or train with `exact=True`, where nothing is lost.
+    `rank`, or train with `exact=True`, where nothing is lost. S is the sparse part of now: what a
+    resample has merged of earlier values is in A B, and takes a high rank as well.
 
     Args:
         state: a state of `init` or `resample`, trained or not.
@@ -121,7 +126,8 @@ def delta(
         rank: a rank for all, in place of tol; never more than min(m, n).
 
     Returns:
-        A TensorDict with the entries `change` {name: {A: m x k, B: k x n}}, `full`
+        A TensorDict with the entries `change` {name: {A: m x k, B: k x n}}, `sparse`
+        {name: {values, support}} where there are such parts, see `rosa_func.sparse`, `full`
         {name: tensor} of those trained in full that changed, in the model's dtypes, and `error`
         {name: |E| / |W|, float64}.
         `checkpoint.save` takes it as it takes a state.
@@ -152,11 +158,17 @@ def delta(
     parts = read(state)
     adapted = parts.adapted()
 
+    sparse = {
+        name: aligned(part) for name, w in adapted.items() if (part := sparse_part(w)) is not None
+    }
+
     def changed(name: str) -> Factored:
         w, W0 = adapted[name], pretrained[name]
         shape = low_rank(w).shape
         W = rounding.join(w).double().reshape(shape)
         D = W - W0.reshape(shape).to(W)
+        if name in sparse:
+            D -= sparse[name].product(D.shape)
         dtype = rounding.factor_dtype(W0.dtype)
         return factored(D, W.norm(dim=(-2, -1)), tol=tol, rank=rank, dtype=dtype)
 
@@ -172,13 +184,15 @@ def delta(
         },
         "error": {name: change.error for name, change in changes.items()},
     }
+    if sparse:
+        entries["sparse"] = {name: part._asdict() for name, part in sparse.items()}
     return TensorDict({part: TensorDict(value) for part, value in entries.items()})
 
 
 def apply_delta(model: nn.Module, delta: TensorDict) -> dict[str, Tensor]:
     """Return the dense weights of the changed model, as `merge` returned them up to the error.
 
-        W = W0 + A B
+        W = W0 + A B + S
 
     Args:
         model: the model that the delta was made with; it is not written to.
@@ -219,15 +233,19 @@ def apply_delta(model: nn.Module, delta: TensorDict) -> dict[str, Tensor]:
             )
         return found
 
-    changed = {}
+    changed, sparse = {}, delta.get("sparse", {})
     for given, value in delta["change"].items():
         name, factors = named(given), LowRank(value["A"], value["B"])
+        terms: list[Any] = [factors]
+        if given in sparse:
+            terms.append(SparsePart(sparse[given]["values"], sparse[given]["support"]))
         W = weights[name]
-        if factors.check(W.shape):
+        if any(term.check(W.shape) for term in terms):
             raise _of_another_shape(given, factors.shape, model, W)
-        wide = W.to(factors.A.dtype)
-        factors = LowRank(factors.A.to(W.device), factors.B.to(W.device))
-        changed[name] = factors.fold(wide).to(W.dtype)
+        new = W.to(factors.A.dtype)
+        for term in terms:
+            new = mapped(term, partial(Tensor.to, device=W.device), term._fields).fold(new)
+        changed[name] = new.to(W.dtype)
     for given, tensor in delta["full"].items():
         name = named(given)
         if tensor.shape != weights[name].shape:

@@ -83,8 +83,8 @@ def to_peft(
     Raises:
         ValueError: if peft could not load it, or not as what it is (the weight, and why, are
             named): a weight of a module of another kind, such as a convolution; a parameter
-            trained in full whose module has other modules or an adapter in it; or nothing
-            adapted. Nothing is written then.
+            trained in full whose module has other modules or an adapter in it; a sparse part that
+            is not zero; or nothing adapted. Nothing is written then.
 
     Warns:
         UserWarning: if a tied weight is adapted: load the adapter, but do not let peft merge it,
@@ -100,6 +100,12 @@ def to_peft(
         True
     """
     change = delta(state, model, tol=tol, rank=rank)
+    for name, part in change.get("sparse", {}).items():
+        if part["values"].any():
+            raise ValueError(
+                f"{name} has a sparse part, which no LoRA adapter of peft holds: write the merged "
+                "model (export.to_module), or the change (checkpoint.delta)"
+            )
     factors = {str(name): (pair["A"], pair["B"]) for name, pair in change["change"].items()}
     full = {str(name): tensor for name, tensor in change["full"].items()}
     write_adapter(Path(path), *adapter(model, factors, full))

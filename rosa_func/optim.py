@@ -29,7 +29,7 @@ def groups(
     *,
     input: Mapping[str, Any] | None = _NO_OPTIONS,
     output: Mapping[str, Any] | None = _NO_OPTIONS,
-    sparse: Mapping[str, Any] | None = _NO_OPTIONS,
+    values: Mapping[str, Any] | None = _NO_OPTIONS,
     full: Mapping[str, Any] | None = _NO_OPTIONS,
 ) -> list[dict[str, Any]]:
     """Return parameter groups for any `torch.optim` optimizer, each with its options.
@@ -47,7 +47,7 @@ def groups(
         input: options of the group of the factors on the input side, such as `{"lr": 1e-3}`; what
             is not given is the optimizer's default. None leaves them out: they stay as drawn.
         output: the same of the factors on the output side.
-        sparse: the same of the values of the sparse parts, see `rosa_func.sparse`.
+        values: the same of the values of sparse parts, see `rosa_func.sparse`.
         full: the same of the tensors trained in full, and of what else trains.
 
     Returns:
@@ -66,7 +66,7 @@ def groups(
         >>> [group["lr"] for group in optimizer.param_groups]
         [0.001, 0.01]
     """
-    given = {"input": input, "output": output, "sparse": sparse, "full": full}
+    given = {"input": input, "output": output, "values": values, "full": full}
     for side, options in given.items():
         if options is not None and "params" in options:
             raise ValueError(f"the options of {side} have 'params': groups chooses the tensors")
@@ -80,7 +80,7 @@ def groups(
     chosen["full"] += parts.full.values()
     if not any(chosen[side] for side, options in given.items() if options is not None):
         raise ValueError(
-            "no tensor is left to train: give options, not None, for input, output, sparse or full"
+            "no tensor is left to train: give options, not None, for input, output, values or full"
         )
     for side, options in given.items():
         for leaf in chosen[side]:
@@ -95,7 +95,7 @@ def groups(
 def _side(term: Term, field: str, w: Weight) -> str:
     """Return the group of a leaf."""
     if isinstance(term, SparsePart):
-        return "sparse"
+        return "values"
     if not isinstance(term, LowRank):
         return "full"
     from_the_left = int(w.input_dim) in (0, -2)  # x meets A first
@@ -114,7 +114,9 @@ def rebind(
 
     Its groups, their rates and options, and schedulers that hold it stay as they are. A factor
     that was not in the optimizer is not put there. Tensors trained in full keep their moments,
-    and so does a pair A, B that is bit for bit what it was. For the others, `moments` says:
+    and so do a pair A, B that is bit for bit what it was and the values of a sparse part on the
+    same support, whose gradients are those of the weight before and after. For the others,
+    `moments` says:
 
     - "reset": start again, the step count too. (With the old count, Adam's bias correction would
       be that of a late step, and the first step after a resample several times too large);

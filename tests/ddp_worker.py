@@ -12,7 +12,7 @@ import rosa_func
 from cases import Parts
 from models import seeded, tiny_gpt2, token_ids
 from modules import ExpertsInOneProduct
-from rosa_func import checkpoint, distributed, samplers
+from rosa_func import checkpoint, distributed, samplers, sparse
 from rosa_func.module import RosaModule
 from rosa_func.samplers import Site
 from toys import registered
@@ -35,7 +35,9 @@ def train(rank: int, size: int) -> dict[str, object]:
         return samplers.random(W, r, site)
 
     model = seeded(tiny_gpt2)
-    module = RosaModule(model, rosa_func.init(model, 2, targets=TARGETS, train="ln_f"))
+    state = rosa_func.init(model, 2, targets=TARGETS, train="ln_f")
+    state = sparse.add(state, sparse.support_random(state, {"wte": 0.01, "c_fc": 0.1}, key=0))
+    module = RosaModule(model, state)
     wrapped = DistributedDataParallel(module) if size > 1 else module
     optimizer = torch.optim.SGD(module.parameters(), RATE)
     gradients: dict[str, Tensor] = {}

@@ -134,7 +134,9 @@ def test_leaves_are_named_counted_and_grouped(parts: Parts):
     counted = rosa_func.count(state)
     assert counted.trainable == sum(leaf.numel() for leaf in rosa_func.parameters(state))
     assert counted.total == sum(p.numel() for p in make_model().parameters())
-    groups = rosa_func.optim.groups(state, input={"lr": 1.0}, output={"lr": 2.0}, full={"lr": 3.0})
+    groups = rosa_func.optim.groups(
+        state, input={"lr": 1.0}, output={"lr": 2.0}, values={"lr": 3.0}, full={"lr": 3.0}
+    )
     rates = {id(leaf): group["lr"] for group in groups for leaf in group["params"]}
     by_side = {"A": 2.0, "B": 1.0}
     for name, leaf in named.items():
@@ -168,7 +170,9 @@ def test_an_optimizer_is_rebound(parts: Parts, moments: str, fraction: float | N
         for field in FIELDS[parts.terms]:
             slots = optimizer.state.get(leaves(new)[f"{name}.{field}"], {})
             old = before[f"{name}.{field}"]["exp_avg"]
-            if moments == "reset":
+            if field == "values":  # their gradients are the weight's, before and after
+                assert torch.equal(slots["exp_avg"], old)
+            elif moments == "reset":
                 assert not slots
             elif moments == "prune":
                 assert (slots["exp_avg"] == 0).sum() == round(old.numel() / 2)
