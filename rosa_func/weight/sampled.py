@@ -56,11 +56,15 @@ def _product(x: Tensor, W: Tensor, flipped: bool) -> Tensor:
     return F.linear(x, W) if flipped else x @ W
 
 
-def _computed(left: Tensor, right: Tensor, support: Tensor) -> Tensor:
-    m, n = left.shape[1], right.shape[1]
-    if not is_sampled(len(support) / (m * n), left.device):
-        return (left.mT @ right).flatten().index_select(0, support)
+def entries_of_the_whole(left: Tensor, right: Tensor, support: Tensor) -> Tensor:
+    """Return `entries` of the product formed as a whole."""
+    return (left.mT @ right).flatten().index_select(0, support)
+
+
+def entries_one_by_one(left: Tensor, right: Tensor, support: Tensor) -> Tensor:
+    """Return `entries`, forming no others."""
     _warn_of_beta()
+    m, n = left.shape[1], right.shape[1]
     wide = torch.promote_types(left.dtype, torch.float32)
     starts = torch.arange(0, m * n + 1, n, dtype=support.dtype, device=support.device)
     rows = torch.searchsorted(support, starts, out_int32=support.dtype == torch.int32)
@@ -90,7 +94,9 @@ class _Entries(torch.autograd.Function):
 
     @staticmethod
     def forward(left: Tensor, right: Tensor, support: Tensor) -> Tensor:
-        return _computed(left, right, support)
+        density = len(support) / (left.shape[1] * right.shape[1])
+        way = entries_one_by_one if is_sampled(density, left.device) else entries_of_the_whole
+        return way(left, right, support)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
