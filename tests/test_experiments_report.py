@@ -190,6 +190,14 @@ class TestReport:
         (axes,) = shown[0]
         assert axes.lines[0].get_xydata().tolist() == [[0, 0], [5, 0.25]]
 
+    @pytest.mark.parametrize("kind", figures.KINDS)
+    def test_a_figure_of_one_unfinished_run_is_drawn(self, tmp_path, kind):
+        """What there is to show at first: one seed, no other method, no costs."""
+        result = self.result(METHODS[2], [1.0])._replace(costs={})
+        result.runs[0].insert(1, {"event": "dev", "step": 0, "loss": 1.0})
+        path = figures.draw({"kind": kind, "y": "loss"}, experiment(), [result], tmp_path)
+        assert path.stat().st_size > 1000
+
     def test_the_finding_of_a_file_is_not_the_title_of_other_lines(self, tmp_path, monkeypatch):
         shown = []
         monkeypatch.setattr(figures.plt, "close", shown.append)

@@ -202,8 +202,9 @@ def draws(drawing: Figure, results: list[Result], figure: dict[str, Any]) -> Non
     drawing.set_figheight(1.5 + 0.28 * len(found))
     shares = [median(_share(cost, result) for cost in result.costs.values()) for result in found]
     axes = drawing.subplots()
-    names, colours = zip(*((name(r.method, found), colour(r.method)) for r in found), strict=True)
-    axes.bar_label(axes.barh(names, shares, color=colours), [f" {share:.2g}%" for share in shares])
+    for result, share in zip(found, shares, strict=True):
+        bar = axes.barh(name(result.method, found), share, color=colour(result.method))
+        axes.bar_label(bar, [f" {share:.2g}%"])
     axes.set_xlabel(figure["y"])
 
 
