@@ -1,5 +1,6 @@
 """Tables and figures of lines written by hand, and of the published ones."""
 
+import itertools
 import math
 import re
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples.experiments import figures, outcomes, plan, records, report
+from examples.experiments import differences, figures, marking, outcomes, plan, records, report
 from small_experiment import METHODS, RATES, SETTING, experiment
 
 
@@ -116,37 +117,101 @@ class TestReport:
     ):
         shown = []
         monkeypatch.setattr(figures.plt, "close", lambda d: shown.append(d.axes[0]))
-        at = {METHODS[0]: [0], METHODS[1]: [2, 4, 8], METHODS[2]: [2, 8, 16]}
+        at = {METHODS[1]: [2, 4, 8], METHODS[2]: [2, 8, 16]}
         results = [
             self.result(method._replace(rank=rank), [1.0 + rank, 1.2 + rank], trainable=10 + rank)
             for method, ranks in at.items()
             for rank in ranks
         ]
         figures.draw({"kind": "ranks", "y": "loss"}, experiment(), results, tmp_path)
-        found = [bar.lines[0].get_xdata().tolist() for bar in shown[0].containers]
-        nan = pytest.approx(math.nan, nan_ok=True)
-        assert found == [[10], [12, 14, 18], [12, nan, 18, 26]]  # none of them is run at rank 3
-        assert shown[0].get_xticks().tolist() == [10, 12, 14, 18, 26]
+        lines = [bar.lines[0] for bar in shown[0].containers]
+        assert [line.get_xdata().tolist() for line in lines] == [[2, 4, 8], [2, 4, 8, 16]]
+        assert [math.isnan(y) for y in lines[1].get_ydata()] == [False, True, False, False]
+        assert shown[0].get_xticks().tolist() == [2, 4, 8, 16]  # none of them is run at rank 3
+
+    @pytest.mark.parametrize(
+        ("loss", "note"),
+        [(0.01, ", below the axis ↓"), (2.5, ""), (90.0, ", above the axis ↑")],
+    )
+    def test_full_fine_tuning_does_not_stretch_the_axis(self, tmp_path, monkeypatch, loss, note):
+        """It left two thirds of some figures empty: it is a line, or a note of its value."""
+        shown = []
+        monkeypatch.setattr(figures.plt, "close", lambda d: shown.append(d.axes[0]))
+        runs = {METHODS[0]: loss, METHODS[1]: 2.0, METHODS[2]: 3.0}
+        results = [self.result(method, [value, value]) for method, value in runs.items()]
+        figures.draw({"kind": "ranks", "y": "loss"}, experiment(), results, tmp_path)
+        assert f"full fine-tuning: {loss:g}{note}" in [text.get_text() for text in shown[0].texts]
+        low, high = shown[0].get_ylim()
+        assert 1.9 < low < 2.0 and 3.0 < high < 3.1
+
+    def test_names_at_the_ends_of_lines_stand_apart_and_say_what_is_beyond_the_axis(self):
+        axes = figures.plt.figure().subplots()
+        axes.set_ylim(0, 1)
+        ends = [0.5, 0.5, 0.501, 0.9, -2.0]
+        marking.label(axes, [marking.End(1, y, str(i), "black") for i, y in enumerate(ends)])
+        heights = [text.xyann[1] for text in axes.texts]
+        texts = [text.get_text() for text in axes.texts]
+        figures.plt.close("all")
+        apart = min(b - a for a, b in itertools.pairwise(sorted(heights)))
+        assert apart == pytest.approx(marking.APART, rel=0.01)
+        assert heights[3:] == pytest.approx([0.9, 0.0])
+        assert texts == ["0", "1", "2", "3", "4: -2 ↓"]
+
+    @pytest.mark.parametrize("losses", [[1.5, 2.6, 3.4], [1.5, 2.6]])
+    def test_differences_are_shown_paired_to_each_that_is_asked_for(
+        self, tmp_path, monkeypatch, losses
+    ):
+        """Intervals of the methods overlapped where that of the difference had no zero in it."""
+        shown = []
+        monkeypatch.setattr(figures.plt, "close", lambda d: shown.append(d.axes))
+        of_lora = [2.0, 3.0, 4.0][: len(losses)]
+        results = [self.result(METHODS[1], of_lora), self.result(METHODS[2], losses)]
+        e = experiment(compare=("LoRA", "ROSA"))
+        figures.draw({"kind": "differences", "y": "loss"}, e, results, tmp_path)
+        apart = [a - b for a, b in zip(losses, of_lora, strict=True)]
+        middle, half = outcomes.interval(apart)
+        low, high = (middle - half, middle + half) if len(apart) > 2 else (min(apart), max(apart))
+        for axes, sign in zip(shown[0], (1, -1), strict=True):
+            (bar,) = axes.containers
+            assert bar.lines[0].get_xdata()[0] == pytest.approx(sign * middle)
+            caps = sorted(sign * cap.get_xdata()[0] for cap in bar.lines[1])
+            assert caps == pytest.approx([low, high])
+        assert [tick.get_text() for tick in shown[0][0].get_yticklabels()] == ["LoRA", "ROSA"]
+
+    def test_differences_over_steps_are_paired_by_seed(self, tmp_path, monkeypatch):
+        shown = []
+        monkeypatch.setattr(figures.plt, "close", lambda d: shown.append(d.axes))
+        results = [self.result(method, [1.0, 5.0]) for method in METHODS[1:3]]
+        for result, shift in zip(results, (0.0, 0.25), strict=True):
+            for seed, lines in result.runs.items():
+                dev = [(0, 9.0), (5, 4 * seed + 1 + shift)]
+                lines[1:1] = [{"event": "dev", "step": s, "loss": v} for s, v in dev]
+        figures.draw({"kind": "gaps", "y": "loss"}, experiment(), results, tmp_path)
+        (axes,) = shown[0]
+        assert axes.lines[0].get_xydata().tolist() == [[0, 0], [5, 0.25]]
+
+    @pytest.mark.parametrize("kind", figures.KINDS)
+    def test_a_figure_of_one_unfinished_run_is_drawn(self, tmp_path, kind):
+        """What there is to show at first: one seed, no other method, no costs."""
+        result = self.result(METHODS[2], [1.0])._replace(costs={})
+        result.runs[0].insert(1, {"event": "dev", "step": 0, "loss": 1.0})
+        path = figures.draw({"kind": kind, "y": "loss"}, experiment(), [result], tmp_path)
+        assert path.stat().st_size > 1000
+
+    def test_the_finding_of_a_file_is_not_the_title_of_other_lines(self, tmp_path, monkeypatch):
+        shown = []
+        monkeypatch.setattr(figures.plt, "close", shown.append)
+        figure = {"kind": "bars", "finding": "ROSA wins", "y": "loss"}
+        results = [self.result(METHODS[2], [1.0, 3.0])]
+        for published in (True, False):
+            figures.draw(figure, experiment(title="Toy"), results, tmp_path, published)
+        assert [drawing.get_suptitle() for drawing in shown] == ["ROSA wins", "Toy"]
 
     @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=3))
     def test_the_middle_lies_in_its_band(self, values):
         for axis in ({"log": True}, {}):
             middle, low, high = figures.spread(values, axis)
             assert low <= middle <= high or (len(values) == 1 and not axis)  # one has no interval
-
-    @pytest.mark.parametrize("asked", [False, True])
-    def test_bars_show_full_fine_tuning_only_where_the_figure_asks(
-        self, tmp_path, monkeypatch, asked
-    ):
-        shown = []
-        monkeypatch.setattr(figures.plt, "close", lambda d: shown.append(d.axes[0]))
-        results = [self.result(method, [1.0, 3.0]) for method in METHODS[:3]]
-        figure = {"kind": "bars", "y": "loss"} | ({"full": True} if asked else {})
-        figures.draw(figure, experiment(), results, tmp_path)
-        names = [label.get_text() for label in shown[0].get_yticklabels()]
-        assert names == ["ROSA r=2", "LoRA r=2"] + ["full"] * asked
-        means = [bar.lines[0].get_xdata()[0] for bar in shown[0].containers]
-        assert means == [2.0] * len(names)
 
     @pytest.mark.parametrize("name", [n for n in plan.names() if n.startswith("glue")])
     def test_the_axis_of_bars_holds_every_interval(self, tmp_path, monkeypatch, name):
@@ -196,13 +261,13 @@ class TestReport:
         compared = experiment(setting={"task": "code"}, compare=("LoRA", "ROSA"))
         lines = report.table(compared, [full, lora, rosa]).splitlines()
         assert lines[0] == (
-            "| method | values | rate | n | NLL | to LoRA (NLL) | on dev "
-            "| to ROSA (NLL) | on dev | MiB | time |"
+            "| method | NLL | to LoRA (NLL) | on dev | to ROSA (NLL) | on dev "
+            "| values | rate | n | MiB | time |"
         )
         half, apart = 12.706 * 0.4 / 2, 12.706 * 0.2 / 2  # t(0.975, 1) times half of the range
         assert lines[4] == (
-            f"| ROSA r=2 | 10 | 0.001 | 2 (1 diverged) | 1.7 ± {half:.1f} | -0.4 ± {apart:.1f} "
-            f"| -1.2 ± {3 * apart:.1f} |  |  | 7 | 0.6 |"
+            f"| ROSA r=2 | 1.7 ± {half:.1f} | -0.4 ± {apart:.1f} | -1.2 ± {3 * apart:.1f} |  |  "
+            "| 10 | 0.001 | 2 (1 diverged) | 7 | 0.6 |"
         )
         assert "embeddings, biases and norms frozen" in lines[-1]
         assert lines[-1].endswith("MiB and time: a processor, 2 threads.")
@@ -242,6 +307,34 @@ def test_a_figure_of_nll_names_the_unit(name):
         assert "NLL" not in figure["y"] or figure["y"].endswith("(nats a token)")
 
 
+@pytest.mark.parametrize("name", plan.names())
+def test_a_figure_has_a_finding_of_its_own_as_title(name):
+    for figure in plan.load(name).figures:
+        assert figure["finding"] not in (figure["y"], "")
+
+
+def test_each_method_has_one_colour_in_all_figures():
+    methods = [method for name in plan.names() for method in plan.load(name).methods]
+    colours = {marking.colour(m): (m.sampler, bool(m.every)) for m in methods}
+    assert len(set(marking.COLOURS.values())) == len(marking.COLOURS)
+    assert set(colours.values()) == set(marking.COLOURS)
+    assert "black" not in colours
+
+
+def test_the_summary_has_methods_of_the_files():
+    for _, name, resampled, once in differences.SUMMARY:
+        of = {m.name: m for m in plan.load(name).methods} | {"": None}
+        assert (of[resampled].sampler, bool(of[resampled].every)) == ("random", True)
+        assert of[once] is None or (of[once].sampler, of[once].every) == ("random", 0)
+
+
+def test_the_page_begins_with_a_summary_of_one_screen():
+    """Some 90 lines stood before the first result."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    shown = [i for i, line in enumerate(lines) if line.startswith("![")]
+    assert shown[1] < 45 and "crossing-e2e" in lines[shown[1]]
+
+
 def test_each_figure_of_the_page_is_one_of_a_file_and_the_other_way_round():
     linked = set(re.findall(r"\(figures/(.+?)\.png\)", PAGE.read_text(encoding="utf-8")))
     drawn = {
@@ -249,4 +342,5 @@ def test_each_figure_of_the_page_is_one_of_a_file_and_the_other_way_round():
         for name in report.placed(PAGE, plan.names())
         for figure in plan.load(name).figures
     }
+    drawn.add("summary")
     assert linked == drawn == {path.stem for path in (plan.FOLDER / "figures").glob("*.png")}

@@ -76,6 +76,7 @@ def main() -> None:
     elif not args.results.is_dir():
         parser.error(f"--results {args.results}: there is no such folder, so no lines to report")
     else:
+        from examples.experiments import figures as drawing
         from examples.experiments import report
 
         own_files = args.experiments.resolve() == plan.SPECS.resolve() and not args.model
@@ -84,6 +85,8 @@ def main() -> None:
         names = args.names or report.placed(page or plan.FOLDER / "RESULTS.md", known)
         for experiment in loaded(names):
             print(report.write(experiment, args.results, figures, page))
+        if page is not None and not args.names and report.published(args.results):
+            print(f"figure: {drawing.draw_summary(args.results, figures)}")
         for name, text in (("columns", report.COLUMNS), ("spent", report.spent(args.results))):
             print(text)
             if page is not None:

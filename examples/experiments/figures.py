@@ -1,4 +1,4 @@
-"""The figures of the experiments: curves over steps, errors over ranks, and bars."""
+"""The figures of the experiments: what a file asks for, with its finding as the title."""
 
 import math
 from pathlib import Path
@@ -9,37 +9,54 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from examples.experiments import plan
-from examples.experiments.outcomes import (
-    ROUNDING,
-    Result,
-    baseline_of,
-    geometric,
-    interval,
-    pairs,
-    seconds,
-)
-
-MARKERS = "osD^vPX*<>" * 9
+from examples.experiments import differences, plan
+from examples.experiments.marking import DASHES, End, colour, full_at, label, name
+from examples.experiments.outcomes import ROUNDING, Result, geometric, interval, seconds
 
 
 def draw(
-    figure: dict[str, Any], experiment: plan.Experiment, results: list[Result], folder: Path
+    figure: dict[str, Any],
+    experiment: plan.Experiment,
+    results: list[Result],
+    folder: Path,
+    published: bool = False,
 ) -> Path:
-    """Draw one figure of an experiment's file; return its path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Draw one figure of an experiment's file; return its path.
+
+    The finding is that of the published lines: figures of other lines have the title alone.
+    """
     chosen = [r for r in results if r.method.rank in (figure.get("rank", r.method.rank), 0)]
-    drawing, axes = plt.subplots(figsize=(9.0, 4.4), layout="constrained")
-    if figure.get("log"):
-        axes.set_yscale("log")
-    KINDS[figure["kind"]](axes, chosen, figure)
-    at = f", r = {figure['rank']}" if "rank" in figure else ""
-    drawing.suptitle(f"{experiment.title}\n{figure['y']}{at}", fontsize="medium")
-    axes.grid(which="both", alpha=0.3)
+    drawing = plt.figure(figsize=(8.4, 4.0), layout="constrained")
+    draw_kind, caption = KINDS[figure["kind"]]
+    draw_kind(drawing, chosen, {"to": list(experiment.compare)} | figure)
+    seeds = max(len(result.runs) for result in results)
+    bands = "the range over the seeds" if figure.get("log") or seeds == 2 else "95% intervals"
+    parts = [experiment.title] * published + [f"{seeds} seeds", caption.format(bands=bands)]
+    title = figure["finding"] if published else experiment.title
     path = folder / f"{stem(figure, experiment)}.png"
-    drawing.savefig(path, dpi=120)
+    return save(drawing, path, title, " · ".join(part for part in parts if part))
+
+
+def draw_summary(results: Path, folder: Path) -> Path:
+    """Draw the figure of all tasks of text; return its path."""
+    drawing = plt.figure(figsize=(8.4, 4.8), layout="constrained")
+    differences.summary(drawing, results)
+    title = "Resampling gains on E2E at low ranks, costs on ELI5, and does little elsewhere"
+    caption = f"3 seeds, 2 of SmolLM2 (bars: their range) · {PAIRED}, ticks: seeds"
+    return save(drawing, folder / "summary.png", title, caption)
+
+
+def save(drawing: Figure, path: Path, title: str, caption: str) -> Path:
+    """Write a figure: the finding above it, what it is of below."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawing.suptitle(title, x=0.01, ha="left", fontsize="medium", fontweight="bold")
+    drawing.supxlabel(caption, x=0.01, ha="left", fontsize="x-small", color="#555555")
+    for axes in drawing.axes:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    drawing.savefig(path, dpi=110)
     plt.close(drawing)
     return path
 
@@ -50,30 +67,36 @@ def stem(figure: dict[str, Any], experiment: plan.Experiment) -> str:
     return f"{experiment.name}-{figure['kind']}{of}"
 
 
-def legend(axes: Axes) -> None:
-    """Name the lines, beside the axes."""
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-
-
-def curves(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
-    """Draw the loss on dev over the steps, with its interval; of many methods the mean alone."""
-    many = len(results) > 10
-    if many:
-        axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
-    for result, marker in zip(results, MARKERS, strict=False):
-        points: dict[int, list[float]] = {}
-        for lines in result.runs.values():
-            for line in lines:
-                if line["event"] == "dev":
-                    points.setdefault(line["step"], []).append(line["loss"])
+def curves(drawing: Figure, results: list[Result], figure: dict[str, Any]) -> None:
+    """Draw the loss on dev over the steps, with its band; full fine-tuning as a note."""
+    axes, ends = drawing.subplots(), []
+    several = len({r.method.rank for r in results if r.method.rank}) > 1
+    for result in (r for r in results if r.method.sampler != "full"):
+        points = _over_steps(result, "loss")
         steps = sorted(points)
         middle, low, high = zip(*(spread(points[step], figure) for step in steps), strict=True)
-        (line,) = axes.plot(steps, middle, marker=marker, markersize=4, label=result.method.label)
-        if not many:
-            axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        of, dashes = colour(result.method), DASHES.get(result.method.rank, "-") if several else "-"
+        axes.plot(steps, middle, color=of, ls=dashes, marker="o", markersize=3)
+        axes.fill_between(steps, low, high, color=of, alpha=0.15, linewidth=0)
+        ends.append(End(steps[-1], middle[-1], name(result.method, results), of))
+    if figure.get("log"):
+        axes.set_yscale("log")
     axes.set_ylim(figure.get("bottom"), figure.get("top"))
     axes.set(xlabel=figure.get("x", "steps"), ylabel=figure["y"])
-    legend(axes)
+    label(axes, ends)
+    for result in (r for r in results if r.method.sampler == "full"):
+        points = _over_steps(result, "loss")
+        full_at(axes, spread(points[max(points)], figure)[0])
+
+
+def _over_steps(result: Result, key: str) -> dict[int, list[float]]:
+    """Return the values of all seeds by step."""
+    points: dict[int, list[float]] = {}
+    for lines in result.runs.values():
+        for line in lines:
+            if line["event"] == "dev" and key in line:
+                points.setdefault(line["step"], []).append(line[key])
+    return points
 
 
 def spread(values: list[float], figure: dict[str, Any]) -> tuple[float, float, float]:
@@ -92,122 +115,113 @@ def spread(values: list[float], figure: dict[str, Any]) -> tuple[float, float, f
     return middle, middle - half, middle + half
 
 
-def ranks(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
-    """Draw the loss on test over the number of trainable values, a line for each method.
+def ranks(drawing: Figure, results: list[Result], figure: dict[str, Any]) -> None:
+    """Draw the loss on test over the rank, a line for each method; full fine-tuning as a level.
 
     It breaks at a rank that others were run at and the method was not.
     """
-    lines: dict[str, dict[int, tuple[float, ...]]] = {}
-    for result in results:
-        ends = result.ends()
-        if ends:
-            value = spread([end["test"]["loss"] for end in ends], figure)
-            of = lines.setdefault(result.method.name, {})
-            of[result.method.rank] = (result.trainable, *value)
+    axes = drawing.subplots()
+    lines: dict[str, dict[int, tuple[float, float, float]]] = {}
+    of, full = {}, []
+    for result in (r for r in results if r.ends()):
+        value = spread([end["test"]["loss"] for end in result.ends()], figure)
+        if result.method.sampler == "full":
+            full.append(value[0])
+        else:
+            lines.setdefault(result.method.name, {})[result.method.rank] = value
+            of[result.method.name] = colour(result.method)
     drawn = sorted({rank for points in lines.values() for rank in points})
-    for (name, points), marker in zip(lines.items(), MARKERS, strict=False):
+    ends = []
+    for line, points in lines.items():
         own = [rank for rank in drawn if min(points) <= rank <= max(points)]
-        rows = [points.get(rank, (math.nan,) * 4) for rank in own]
-        x, middle, low, high = zip(*rows, strict=True)
+        middle, low, high = zip(*(points.get(r, (math.nan,) * 3) for r in own), strict=True)
         below = [m - v for m, v in zip(middle, low, strict=True)]
         above = [v - m for m, v in zip(middle, high, strict=True)]
-        axes.errorbar(x, middle, (below, above), marker=marker, ms=5, capsize=3, label=name)
-    axes.set(xlabel="trainable values", ylabel=figure["y"])
-    logarithmic(axes, [point[0] for points in lines.values() for point in points.values()])
-    legend(axes)
+        axes.errorbar(own, middle, (below, above), marker="o", ms=4, capsize=3, color=of[line])
+        ends.append(End(own[-1], middle[-1], line, of[line]))
+    if figure.get("log"):
+        axes.set_yscale("log")
+    axes.set_ylim(figure.get("bottom"), figure.get("top"))
+    axes.set_xticks(drawn)
+    axes.set(xlabel="rank r", ylabel=figure["y"])
+    label(axes, ends)
+    for value in full:
+        full_at(axes, value)
 
 
-def logarithmic(axes: Axes, values: list[float]) -> None:
-    """Make the horizontal axis logarithmic, with a mark for each value on it."""
-    axes.set_xscale("log")
-    axes.set_xticks(sorted(set(values)), [f"{value:,.0f}" for value in sorted(set(values))])
-    axes.set_xticks([], minor=True)
-    axes.tick_params(axis="x", labelrotation=25)  # those of a high rank are close to each other
-
-
-def bars(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
-    """Draw a metric on test of every method, with its 95% interval and every seed, uncut.
-
-    Full fine-tuning has a place only where the figure asks for it: on text it is far off the rest.
-    """
-    found = [result for result in results if result.ends()][::-1]
-    results = [r for r in found if figure.get("full") or r.method.sampler != "full"]
+def bars(drawing: Figure, results: list[Result], figure: dict[str, Any]) -> None:
+    """Draw a metric on test of every method, with its 95% interval and every seed, uncut."""
+    results = [result for result in results if result.ends()]
+    drawing.set_figheight(1.5 + 0.3 * len(results))
+    axes = drawing.subplots()
     for place, result in enumerate(results):
         values = [end["test"][figure.get("key", "loss")] for end in result.ends()]
-        middle, half = interval(values)
-        axes.errorbar(middle, place, xerr=half, marker="o", capsize=4, color="tab:blue")
-        axes.plot(values, [place] * len(values), "|", color="black", markersize=9)
-    axes.set_yticks(range(len(results)), [result.method.label for result in results])
+        differences.row(axes, -place, values, colour(result.method))
+    axes.set_ylim(-len(results) + 0.4, 0.6)
+    axes.set_yticks(range(0, -len(results), -1), [result.method.label for result in results])
     axes.set_xlabel(figure["y"])
 
 
-def spectra(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
+def spectra(drawing: Figure, results: list[Result], figure: dict[str, Any]) -> None:
     """Draw the singular values of the total change at the end, the mean over seeds."""
-    for result, marker in zip(results, MARKERS, strict=False):
+    drawing.set_figheight(5.0)
+    axes, least, ends = drawing.subplots(), 1e-4, []
+    axes.set(xlabel="index", ylabel=figure["y"], yscale="log", xscale="log", ylim=(least, 1.3))
+    for result in results:
         found = [lines[-2]["spectrum"] for lines in result.runs.values() if "spectrum" in lines[-2]]
         if found:
             middle = [max(mean(column), 1e-12) for column in zip(*found, strict=True)]
-            x = range(1, len(middle) + 1)
-            axes.plot(x, middle, marker, ls="-", ms=3, label=result.method.label)
-    axes.set(xlabel="index", ylabel=figure["y"], yscale="log", xscale="log", ylim=(1e-4, 1.5))
-    legend(axes)
+            of, text = colour(result.method), name(result.method, results)
+            axes.plot(range(1, len(middle) + 1), middle, color=of)
+            rank = sum(value > least for value in middle)
+            if rank == len(middle):
+                ends.append(End(rank, middle[-1], text, of))
+            else:  # beside the fall of the line
+                at = {"rotation": 90, "ha": "right", "va": "bottom", "fontsize": "x-small"}
+                axes.text(0.97 * rank, 1.2 * least, text, color=of, **at)
+    label(axes, ends)
 
 
-def growth(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
+def growth(drawing: Figure, results: list[Result], figure: dict[str, Any]) -> None:
     """Draw the effective rank of the total change over the steps, the mean over seeds."""
-    for result, marker in zip(results, MARKERS, strict=False):
-        points: dict[int, list[float]] = {}
-        for lines in result.runs.values():
-            for line in lines:
-                if "effective_rank" in line and line["step"] > 0:
-                    points.setdefault(line["step"], []).append(line["effective_rank"])
-        if points:
-            values = [mean(points[step]) for step in sorted(points)]
-            axes.plot(sorted(points), values, marker, ls="-", ms=4, label=result.method.label)
+    axes, ends = drawing.subplots(), []
     axes.set(xlabel="steps", ylabel=figure["y"], yscale="log")
-    legend(axes)
-
-
-def crossing(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
-    """Draw the difference to plain LoRA on test, paired by seed, over the length of the run."""
-    lines: dict[str, list[tuple[float, float, float]]] = {}
     for result in results:
-        baseline = baseline_of(result, results, "LoRA")
-        both = pairs(result, baseline) if baseline else []
-        if both:
-            name = f"{result.method.name} r={result.method.rank}"
-            steps = result.ends()[0]["steps"]
-            lines.setdefault(name, []).append((steps, *interval([a - b for a, b in both])))
-    for (name, points), marker in zip(lines.items(), MARKERS, strict=False):
-        x, middle, half = zip(*sorted(points), strict=True)
-        axes.errorbar(x, middle, half, marker=marker, markersize=5, capsize=3, label=name)
-    axes.axhline(0, color="black", linewidth=1)
-    axes.set(xlabel="steps", ylabel=figure["y"])
-    logarithmic(axes, [point[0] for points in lines.values() for point in points])
-    legend(axes)
+        points = _over_steps(result, "effective_rank")
+        steps = [step for step in sorted(points) if step > 0]
+        if steps:
+            values, of = [mean(points[step]) for step in steps], colour(result.method)
+            axes.plot(steps, values, marker="o", ms=3, color=of)
+            ends.append(End(steps[-1], values[-1], name(result.method, results), of))
+    label(axes, ends)
 
 
-def draws(axes: Axes, results: list[Result], figure: dict[str, Any]) -> None:
+def draws(drawing: Figure, results: list[Result], figure: dict[str, Any]) -> None:
     """Draw the share of a run's time that goes into drawing subspaces."""
-    found = [result for result in results[::-1] if result.ends() and result.costs]
-    found = [result for result in found if result.method.every]
+    found = [r for r in results[::-1] if r.ends() and r.costs and r.method.every]
+    drawing.set_figheight(1.5 + 0.28 * len(found))
     shares = [median(_share(cost, result) for cost in result.costs.values()) for result in found]
-    bars = axes.barh([result.method.label for result in found], shares)
-    axes.bar_label(bars, [f" {share:.2g}%" for share in shares])
+    axes = drawing.subplots()
+    for result, share in zip(found, shares, strict=True):
+        bar = axes.barh(name(result.method, found), share, color=colour(result.method))
+        axes.bar_label(bar, [f" {share:.2g}%"])
     axes.set_xlabel(figure["y"])
-    axes.margins(x=0.15)
 
 
 def _share(cost: dict[str, Any], result: Result) -> float:
     return 100 * (1 - cost["step_seconds"] / seconds(cost, result))
 
 
+PAIRED = "paired by seed; bars: 95% intervals"
 KINDS = {
-    "curves": curves,
-    "ranks": ranks,
-    "bars": bars,
-    "spectra": spectra,
-    "growth": growth,
-    "crossing": crossing,
-    "draws": draws,
+    "curves": (curves, "bands: {bands}"),
+    "ranks": (ranks, "bars: {bands}"),
+    "bars": (bars, "bars: 95% intervals, ticks: seeds"),
+    "spectra": (spectra, "means"),
+    "growth": (growth, "means"),
+    "draws": (draws, ""),
+    "differences": (differences.rows, f"{PAIRED}, ticks: seeds"),
+    "crossing": (differences.lengths, PAIRED),
+    "by-rank": (differences.ranks, PAIRED),
+    "gaps": (differences.steps, "paired by seed; bands: 95% intervals"),
 }

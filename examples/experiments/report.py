@@ -32,19 +32,22 @@ NAMES = {
 }
 
 COLUMNS = """\
-- *values*: how many are trained;
-- *rate*: the best of one grid for all methods, by dev, on one seed beside those published (\\* at
-  an end of the grid, = taken over from another method);
-- *n*: seeds; ±: 95% interval of the mean (Student's t);
-- *to LoRA*, or to another method: the difference at as many values (within 2%), paired by seed, so
-  that a negative one is an advantage where the metric is a loss; *on dev*, of GLUE *loss on the
-  tenth of train*, that of the best losses there, which the weights were chosen by;
-- errors that span decades (regression) have the geometric mean [its 95% interval], *over LoRA's* is
-  the ratio, likewise; what is below the square of float64's rounding, 5e-32, counts as that;
-- *MiB*: peak of training above the imports, mostly data and activations where the model is small;
-- *time*: of a whole run with its draws over full fine-tuning's, from median steps, in turn with
-  nothing else running: full fine-tuning has its turn in every round, in the table or not; cycles
-  that are solved exactly have neither time nor MiB."""
+- ±: the 95% interval of the mean (Student's t).
+- *to LoRA*, or to another method: the difference at as many values (within 2%), paired by seed. A
+  negative one is an advantage where the score is a loss.
+- *on dev*: the same difference of the best losses on dev, which the weights were chosen by. Of
+  GLUE it is the *loss on the tenth of train*.
+- Errors that span decades (regression) have the geometric mean [its 95% interval]. *over LoRA's*
+  is the ratio, likewise. What is below the square of float64's rounding, 5e-32, counts as that.
+- *values*: how many are trained.
+- *rate*: the best of one grid for all methods, by dev, on one seed beside those published. \\* is
+  an end of the grid, = a rate that is taken over from another method.
+- *n*: seeds.
+- *MiB*: the peak of training above the imports. It is mostly data and activations where the model
+  is small.
+- *time*: of a whole run with its draws over full fine-tuning's, from median steps. The methods
+  take turns with nothing else running. Full fine-tuning has its turn in every round, in the table
+  or not. Cycles that are solved exactly have neither time nor MiB."""
 POLICIES = {
     "regression": "All weights are matrices; there are no biases.",
     "glue": "full trains every parameter; the others the matrices of the encoder's linear layers "
@@ -57,46 +60,30 @@ POLICY = (
 
 
 def table(experiment: plan.Experiment, results: list[Result]) -> str:
-    """Return the table of an experiment as Markdown."""
+    """Return the table of an experiment as Markdown: what it says first, how it was run last."""
     ends = [end for result in results for end in result.ends()]
     if not ends:
         return "(no finished cell)"
     task = experiment.setting["task"].partition("/")[0]
-    keys = [key for key in ends[0]["test"] if key != "loss" or task != "glue"]
-    written = list(ends[0].get("generated", {}))
     decades = task == "regression"
     names = NAMES | ({"loss": "relative error"} if decades else {})
-    heads = ["method", "values", "rate", "n", *(names.get(key, key) for key in [*keys, *written])]
-    first = names.get(keys[0], keys[0])
+    first, *others = [key for key in ends[0]["test"] if key != "loss" or task != "glue"]
+    written = list(ends[0].get("generated", {}))
+    scores = [("test", key) for key in others] + [("generated", key) for key in written]
     chosen_by = "loss on the tenth of train" if task == "glue" else "on dev"
-    differences = [lambda end: float(end["test"][keys[0]]), lambda end: float(end["best"])]
+    heads = ["method", names.get(first, first)]
     for name in experiment.compare:
-        heads += [f"over {name}'s"] if decades else [f"to {name} ({first})", chosen_by]
-    heads += ["MiB", "time"]
+        own = [f"to {name} ({heads[1]})", chosen_by]
+        heads += [f"over {name}'s"] if decades else own
+    heads += [names.get(key, key) for _, key in scores]
+    heads += ["values", "rate", "n", "MiB", "time"]
     rows = []
     for result in results:
-        own, method = result.ends(), result.method
-        diverged = len(result.runs) - len(own)
-        n = f"{len(own)}{f' ({diverged} diverged)' if diverged else ''}"
-        rate = "" if method.solve else f"{result.rate:g}{result.mark}"
-        row = [method.label, f"{result.trainable:,}", rate, n]
-        for part, key in [("test", k) for k in keys] + [("generated", k) for k in written]:
-            values = [end[part][key] for end in own]
-            row.append("" if not own else ranged(values) if decades else shown(*interval(values)))
+        row = [result.method.label, _score(result, "test", first, decades)]
         for name in experiment.compare:
-            baseline = baseline_of(result, results, name)
-            for value in differences[:1] if decades else differences:
-                both = pairs(result, baseline, value) if baseline else []
-                if not both:
-                    row.append("")
-                elif decades:
-                    row.append(ranged([a / b for a, b in both]))
-                else:
-                    row.append(shown(*interval([a - b for a, b in both]), sign=True))
-        peaks = [cost["peak_mib"] for cost in result.costs.values()]
-        row.append(f"{median(peaks):.0f}" if peaks else "")
-        ratio = time_ratio(result)
-        rows.append([*row, f"{ratio:.1f}" if ratio else ""])
+            row += _compared(result, results, name, first, decades)
+        row += [_score(result, *score, decades) for score in scores]
+        rows.append([*row, *_how_run(result)])
     filled = [i for i in range(len(heads)) if any(row[i] for row in rows)]
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
     text = "\n".join("| " + " | ".join(line[i] for i in filled) + " |" for line in lines)
@@ -107,6 +94,39 @@ def table(experiment: plan.Experiment, results: list[Result]) -> str:
     }
     on = f" MiB and time: {'; '.join(sorted(measured))}." if measured else ""
     return f"{text}\n\n{POLICIES.get(task, POLICY)}{on}"
+
+
+def _score(result: Result, part: str, key: str, decades: bool) -> str:
+    """Return a score of the runs that did not diverge."""
+    values = [end[part][key] for end in result.ends()]
+    return "" if not values else ranged(values) if decades else shown(*interval(values))
+
+
+def _compared(
+    result: Result, results: list[Result], name: str, first: str, decades: bool
+) -> list[str]:
+    """Return how the method differs from another: in its score, and by what chose the weights."""
+    baseline = baseline_of(result, results, name)
+    values = [lambda end: float(end["test"][first]), lambda end: float(end["best"])]
+    row = []
+    for value in values[:1] if decades else values:
+        both = pairs(result, baseline, value) if baseline else []
+        if decades:
+            row.append(ranged([a / b for a, b in both]) if both else "")
+        else:
+            row.append(shown(*interval([a - b for a, b in both]), sign=True) if both else "")
+    return row
+
+
+def _how_run(result: Result) -> list[str]:
+    """Return the trained values, the rate, the number of seeds, the memory and the time."""
+    diverged = len(result.runs) - len(result.ends())
+    n = f"{len(result.ends())}{f' ({diverged} diverged)' if diverged else ''}"
+    rate = "" if result.method.solve else f"{result.rate:g}{result.mark}"
+    peaks = [cost["peak_mib"] for cost in result.costs.values()]
+    peak = f"{median(peaks):.0f}" if peaks else ""
+    ratio = time_ratio(result)
+    return [f"{result.trainable:,}", rate, n, peak, f"{ratio:.1f}" if ratio else ""]
 
 
 def shown(value: float, half: float, sign: bool = False) -> str:
@@ -137,6 +157,11 @@ def _exponent(value: float) -> int:
     return int(f"{value:e}".split("e")[1])
 
 
+def published(results: Path) -> bool:
+    """Return whether these are the lines that the page and the findings are of."""
+    return results.resolve() == plan.RESULTS.resolve()
+
+
 def places(
     results: Path, page: Path | None, figures: Path | None, own_files: bool
 ) -> tuple[Path | None, Path]:
@@ -144,8 +169,7 @@ def places(
 
     The published page has the tables of the published lines, by the files as they are, alone.
     """
-    published = own_files and results.resolve() == plan.RESULTS.resolve()
-    page = page or (plan.FOLDER / "RESULTS.md" if published else None)
+    page = page or (plan.FOLDER / "RESULTS.md" if own_files and published(results) else None)
     return page, figures or (page.parent if page else results) / "figures"
 
 
@@ -168,10 +192,14 @@ def place(page: Path, name: str, text: str) -> None:
 
 
 def write(experiment: plan.Experiment, results: Path, figures: Path, page: Path | None) -> str:
-    """Draw the figures, put the table into the page where it has a place for it, return it."""
+    """Draw the figures, put the table into the page where it has a place for it, return it.
+
+    The findings of the files are those of the published lines: others have no such title.
+    """
     found = gather(experiment, results)
     text = table(experiment, found)
-    drawn = [drawing.draw(f, experiment, found, figures) for f in experiment.figures if found]
+    asked, of = experiment.figures if found else [], published(results)
+    drawn = [drawing.draw(figure, experiment, found, figures, of) for figure in asked]
     if page is not None:
         place(page, experiment.name, text)
     done = "\n".join(f"figure: {path}" for path in drawn)
