@@ -24,7 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from cases import SAMPLER_NAMES
 from examples.shared.curves import Curve, plot
-from examples.shared.small_gpt2 import Base, Budget
+from examples.shared.small_gpt2 import SHORT, Base, Budget, cached_base
 from models import seeded
 from references import state_bytes
 from rosa_func import checkpoint
@@ -425,9 +425,18 @@ def test_the_benchmark_of_a_call_times_every_contender(run_example: RunExample):
     assert "at most 1: not judged" in done.out
 
 
-def test_ddp_starts_its_processes_and_ends_all_of_them_in_one_line_when_interrupted(tmp_path: Path):
-    """Ctrl-C in a terminal goes to the whole group of processes."""
-    command = [sys.executable, "-u", "-m", "examples.ddp", "--short", "--cache", str(tmp_path)]
+@pytest.fixture(scope="module")
+def base_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a cache that has the base model of `--short`."""
+    cache = tmp_path_factory.mktemp("cache")
+    cached_base(SHORT[0], cache)
+    return cache
+
+
+@pytest.mark.parametrize("heard", [1, 2], ids=["while it starts processes", "when they run"])
+def test_ddp_ends_all_its_processes_in_one_line_when_interrupted(base_cache: Path, heard: int):
+    """Ctrl-C, which goes to the whole group of processes, was lost while they were started."""
+    command = [sys.executable, "-u", "-m", "examples.ddp", "--short", "--cache", str(base_cache)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}  # in the processes that it starts too
     with subprocess.Popen(
@@ -435,15 +444,15 @@ def test_ddp_starts_its_processes_and_ends_all_of_them_in_one_line_when_interrup
     ) as run:
         assert run.stdout is not None
         said = iter(run.stdout.readline, "")
-        # By the one that starts the others, deaf to Ctrl-C while it does, and by one of them.
-        for _ in range(2):
+        # First by the one that starts the others, just before it does, and then by one of them.
+        for _ in range(heard):
             assert any(line.startswith("base model: cached in") for line in said)
         os.killpg(run.pid, signal.SIGINT)
-        _, err = run.communicate(timeout=60)
+        _, err = run.communicate(timeout=60)  # that is, until all have closed their output
     assert run.returncode == 130
     assert err.splitlines()[-1] == "interrupted: a base model that was finished stays cached"
     assert "Traceback" not in err and "leaked" not in err
-    assert [path.name[:5] for path in tmp_path.iterdir()] == ["base-"]
+    assert [path.name[:5] for path in base_cache.iterdir()] == ["base-"]
 
 
 @pytest.mark.parametrize(
