@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 import rosa_func
-from examples.shared.options import folder
+from examples.shared.options import folder, text_file
 from examples.shared.small_gpt2 import SHORT, TRAINED_ON, Base, cached_base, code, prose
 
 BATCH, RANK, RATE, LENGTH = 16, 4, 3e-3, 64
@@ -76,7 +76,7 @@ def main() -> None:
     """Read the rows, train on most of them, show the accuracy on the others, and save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data", type=Path, help="lines of a label, a tab and a text; else code and prose")
+    add("--data", type=text_file, help="lines of a label, a tab and a text; else code and prose")
     add("--model", help="a model of the Hub or a folder; else the quickstart's")
     add("--short", action="store_true", help="a tiny model and a few dozen steps")
     add("--cache", type=folder, default="runs/quickstart", help="the base model's")

@@ -14,7 +14,6 @@ The state, beside it, is for training on:
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import rosa_func
-from examples.shared.options import folder
+from examples.shared.options import folder, text_file
 from examples.shared.small_gpt2 import SHORT, Base, cached_base
 from examples.shared.text import in_blocks
 
@@ -60,7 +59,7 @@ def main() -> None:
     """Read the file, train on its first nine tenths, show the loss of the rest, and save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data", type=Path, default=argparse.__file__, help="a text file, UTF-8")
+    add("--data", type=text_file, default=argparse.__file__, help="a text file, UTF-8")
     add("--model", help="a model of the Hub or a folder; else the quickstart's")
     add("--short", action="store_true", help="a tiny model and a few dozen steps")
     add("--cache", type=folder, default="runs/quickstart", help="the base model's")

@@ -530,9 +530,19 @@ def test_the_members_of_the_ensemble_differ_and_their_mean_is_better_than_they_a
     assert max(members) < perplexity(lambda ids: model(ids).logits, data.held_out) - 10
 
 
+@pytest.mark.parametrize("script", ["own_data", "classify"])
+def test_examples_refuse_data_that_are_not_there(run_example: RunExample, script: str):
+    done = run_example(script, "--data", "absent.txt")
+    assert done.code == 2
+    assert done.err.splitlines()[-1].endswith("argument --data: there is no file absent.txt")
+
+
 @pytest.mark.parametrize(
     "script",
-    ["quickstart --out", "quickstart --cache", "trainer --out", "trainer --cache", "ddp --cache"],
+    [
+        *("quickstart --out", "quickstart --cache", "trainer --out", "trainer --cache"),
+        *("ddp --cache", "own_data --out", "classify --out", "ensemble --cache"),
+    ],
 )
 def test_examples_refuse_a_file_where_a_folder_is_expected(run_example: RunExample, script: str):
     done = run_example(*script.split(), __file__)
