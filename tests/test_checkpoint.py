@@ -254,13 +254,13 @@ class TestKilledSaves:
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and kill -9")
     def test_a_kill_leaves_the_old_file_or_the_new_one(self, tmp_path: Path):
         path = str(tmp_path / "run.safetensors")
-        command = [sys.executable, "-c", KILLED_WHILE_SAVING, path, "150"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+        command = [sys.executable, "-c", KILLED_WHILE_SAVING, path, "100"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
         assert done.returncode == 0, done.stderr
         kills, saves, partial = map(int, done.stdout.split())
         # Children were killed while writing, and some after they had saved.
-        assert kills >= 150
-        assert saves > 100
+        assert kills >= 100
+        assert saves > 80
         assert partial > 10
 
     def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(
