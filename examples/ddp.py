@@ -14,6 +14,9 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import RLock
@@ -77,10 +80,9 @@ def start(size: int, base: Base, budget: Budget, cache: Path) -> None:
         cached_base(base, cache)  # here, since a process that is killed leaves half of it behind
         with tempfile.TemporaryDirectory() as meeting:
             work = (size, Path(meeting) / "store", base, budget, cache)
-            usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # and so in processes started now
-            context = multiprocessing.spawn(joined, work, nprocs=size, join=False, daemon=True)
-            processes += context.processes
-            signal.signal(signal.SIGINT, usual)
+            with interrupted_afterwards():
+                context = multiprocessing.spawn(joined, work, nprocs=size, join=False, daemon=True)
+                processes += context.processes
             while not context.join():
                 pass
     except KeyboardInterrupt:
@@ -89,6 +91,22 @@ def start(size: int, base: Base, budget: Budget, cache: Path) -> None:
             process.join()
         print(INTERRUPTED, file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def interrupted_afterwards() -> Iterator[None]:
+    """Put off a Ctrl-C to the end of the block. What is started in the block never hears of one."""
+    resource_tracker.ensure_running()  # its start would unblock the signal again
+    came = []
+    usual = signal.signal(signal.SIGINT, lambda *_: came.append(True))  # another thread gets it
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # processes inherit this
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, usual)
+    if came:
+        raise KeyboardInterrupt
 
 
 def joined(rank: int, size: int, store: Path, base: Base, budget: Budget, cache: Path) -> None:

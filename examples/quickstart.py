@@ -51,9 +51,11 @@ One draw is ROSA that is never resampled. The table shows that all four learn, a
 It is one seed and a small model, so no ranking: for that see examples/experiments/RESULTS.md."""
 NEXT = """\
 Next:
-  python -m examples.finetune --help    your own rows of text, or a model of the Hub
-  python -m examples.trainer            the same task with the transformers Trainer
-  examples/README.md                    all examples, and how long they take"""
+  python -m examples.own_data --data FILE    a text file of your own, or a model of the Hub
+  python -m examples.classify                classification, with a head
+  python -m examples.trainer                 the same task with the transformers Trainer
+  examples/README.md                         all examples, and how long they take
+  examples/guide/training.md                 targets, ranks, samplers, rates, memory"""
 
 
 def adapt(

@@ -25,8 +25,13 @@ from rosa_func.trainer import ResampleCallback
 
 
 def rows(blocks: Tensor) -> list[dict[str, Tensor]]:
-    """Return blocks of tokens as Trainer takes them; the model shifts the labels itself."""
-    return [{"input_ids": block, "labels": block} for block in blocks]
+    """Return blocks of tokens as Trainer takes them; the model shifts the labels itself.
+
+    No token comes before the first, and Trainer divides the loss by the number of labels.
+    """
+    labels = blocks.clone()
+    labels[:, 0] = -100
+    return [{"input_ids": i, "labels": j} for i, j in zip(blocks, labels, strict=True)]
 
 
 class Bar(ProgressCallback):

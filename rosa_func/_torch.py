@@ -28,6 +28,7 @@ __all__ = [
     "hook_tables",
     "is_alias",
     "is_autocast",
+    "is_compiled",
     "is_eager",
     "is_exporting",
     "is_fake",
@@ -95,6 +96,11 @@ def is_fake() -> bool:
     if torch.compiler.is_dynamo_compiling():
         return False
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether calls of a module are compiled, by its `compile` or by torch.compile."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
 def is_exporting() -> bool:

@@ -14,11 +14,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rosa_func import modules
-from rosa_func._torch import is_eager, own_buffers, own_parameters, version
+from rosa_func._torch import (
+    are_transforms_off,
+    is_compiled,
+    is_eager,
+    own_buffers,
+    own_parameters,
+    version,
+)
 from rosa_func.places import Places, places, standing, swapped
 from rosa_func.recomputing import recomputed_in, refuse_wrong_checkpointing
 from rosa_func.weight import Parts, all_composed, read
-from rosa_func.weight.composed import refuse_tracing
+from rosa_func.weight.composed import as_dense, refuse_tracing
 
 _locks: "WeakKeyDictionary[nn.Module, Any]" = WeakKeyDictionary()
 
@@ -171,6 +178,11 @@ def bind(model: nn.Module, state: TensorDict) -> Iterator[nn.Module]:
     and a generator that was begun inside goes on with these. Not for two threads at once on one
     model.
 
+    A model whose own code calls `torch.utils.checkpoint`, without `recompute`, gets wrong gradients
+    from a backward pass after the block, often without an error: torch computes its segments again
+    with the weights that the model has then, and does not say beforehand that it will. Use `call`
+    or `adapted`, which are right there.
+
     Args:
         model: the model, or its `skeleton`.
         state: a state of `init` or `resample`.
@@ -258,11 +270,16 @@ def _unwritten(tensors: dict[str, Tensor]) -> Iterator[None]:
 def _bound(
     model: nn.Module, found: Places, names: dict[str, str], weights: dict[str, Tensor]
 ) -> Iterator[None]:
-    """Swap the model's tensors for a while; arguments as of `swapped`."""
+    """Swap the model's tensors for a while; arguments as of `swapped`.
+
+    A compiler that works inside a transform of torch.func does not follow composed weights.
+    """
     owners = found.owners()
     refuse_wrong_checkpointing(
         model, [(name, owners[index]) for name, index in found.checkpointing]
     )
+    if not are_transforms_off() and any(map(is_compiled, owners)):
+        weights = {name: as_dense(weight) for name, weight in weights.items()}
     swap = swapped(found, names, weights)
     with recomputed_in(swap), swap:
         yield

@@ -1,7 +1,9 @@
 """A thin `nn.Module` around (model, state), for Trainer, accelerate and DistributedDataParallel."""
 
+import copy
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -9,10 +11,10 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from rosa_func import distributed, export, optim, samplers
+from rosa_func import averages, distributed, export, optim, samplers
 from rosa_func._torch import is_eager, is_exporting, move, own_buffers, own_modules, own_parameters
 from rosa_func.forward import call, called, check_fit
-from rosa_func.modules import persistent_buffers, skeleton
+from rosa_func.modules import skeleton
 from rosa_func.places import places
 from rosa_func.samplers import Sampler
 from rosa_func.stand_in import attribute, changes, refuse
@@ -44,6 +46,9 @@ class RosaModule(nn.Module):
     module's own, but `torch.compile` drops it; other buffers and attributes that it sets are
     dropped.
 
+    In a SentenceTransformer it goes in the place of the model inside: `encoder[0].model =
+    RosaModule(encoder[0].model, state)`; `save_pretrained` of the whole writes merged weights.
+
     It is no `PreTrainedModel`, so Trainer's checkpoints have the state, from which a run resumes,
     and no config.json: `save_pretrained(folder)` writes what `from_pretrained` loads.
 
@@ -72,7 +77,7 @@ class RosaModule(nn.Module):
         """Take the leaves of the state as parameters, the rest of it as buffers."""
         super().__init__()
         names = check_fit(model, state)  # or an error that names what is wrong
-        buffers = {names[name] for name, _ in persistent_buffers(model)}
+        buffers = {names[str(slot.name)] for slot in places(model).buffers}
         self._slots: dict[Path, tuple[nn.Module, str]] = {}  # whose tables may be replaced
         self._own: dict[Path, int] = {}
         for path, value in entries(state).items():
@@ -117,7 +122,9 @@ class RosaModule(nn.Module):
         each decomposes its share of the weights (see `distributed.resample`). The gradients of the
         factors are dropped, since they are those of the old ones: where several are accumulated for
         a step, resample before the first. An average of the parameters (`AveragedModel`, EMA) would
-        mix subspaces from here on: average what `export.to_module(model, module.state)` returns.
+        mix subspaces from here on: average what `export.to_module(model, module.state)` returns. A
+        warning says so where a copy of the module was written to, as `AveragedModel` does; an
+        average that is no copy of the module is not seen.
 
         Args:
             key: as in `resample`.
@@ -126,6 +133,14 @@ class RosaModule(nn.Module):
             moments: as in `optim.rebind`.
             fraction: as in `optim.rebind`.
         """
+        if averages.have_begun(self):
+            warnings.warn(
+                "a copy of this RosaModule was written to since it was made: if it is an average "
+                "of weights (AveragedModel, EMA), it would mix the factors of two subspaces after "
+                "this resample. Average merged models, rosa_func.export.to_module(module.skeleton, "
+                "module.state), or begin a new average after it",
+                stacklevel=2,
+            )
         old = self.state
         new = distributed.resample(old, key, sampler=sampler)
         if optimizer is not None:
@@ -187,6 +202,13 @@ class RosaModule(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the class by the model's."""
         return _new, (type(self.__dict__["skeleton"]),), self.__dict__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RosaModule":
+        """Copy, and remember the copy: it may become an average (see `resample`)."""
+        copied = memo[id(self)] = _new(type(self.__dict__["skeleton"]))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        averages.remember(self, copied)
+        return copied
 
     def _on_merged(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the merged model, of this state or of a given `state_dict`."""

@@ -166,9 +166,10 @@ def _filled(
 
 
 def _look(model: nn.Module) -> Places:
+    named = dict(model.named_modules())
+    _refuse_scripted(named)
     both = dict(chain(model.named_parameters(), modules.persistent_buffers(model)))
     first = {id(tensor): name for name, tensor in both.items()}
-    named = dict(model.named_modules())
     slots = []
     for index, module in enumerate(named.values()):
         persistent = {name for name, _ in own_persistent_buffers(module)}
@@ -198,6 +199,17 @@ def _look(model: nn.Module) -> Places:
         keys=list(chain.from_iterable(tables)),
         values=[None if value is None else ref(value) for value in values],
     )
+
+
+def _refuse_scripted(named: dict[str, nn.Module]) -> None:
+    """Refuse modules whose tensors are not Python's to exchange."""
+    for name, module in named.items():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{name or 'the model'} was compiled by torch.jit.script, so that it cannot "
+                "compute with other weights: keep the module from before torch.jit.script there, "
+                "and script the merged model, rosa_func.export.to_module(model, state)"
+            )
 
 
 def _tables(modules: list[nn.Module]) -> list[Table]:

@@ -215,17 +215,28 @@ def save(number):
     checkpoint.save(path, state, number=number)
 
 
+start = time.perf_counter()
 save(0)
+took = time.perf_counter() - start
 seen, partial = [], 0
-for kill in range(kills):
+while len(seen) < kills or partial <= 10:
+    ours, childs = os.pipe()
     child = os.fork()
     if child == 0:
         number = checkpoint.load(path)[1]["number"]
         while True:
             number += 1
             save(number)
-    time.sleep(draw.uniform(0, 0.03))  # a save takes some 2 ms, a fork somewhat more
+            os.write(childs, b".")
+    os.close(childs)
+    # After no save, or after one or two, at any moment of the next: however fast the machine is.
+    for _ in range(draw.randrange(3)):
+        start = time.perf_counter()
+        assert os.read(ours, 1)
+        took = time.perf_counter() - start
+    time.sleep(draw.uniform(0, 1.5 * took))
     os.kill(child, signal.SIGKILL)
+    os.close(ours)
     os.waitpid(child, 0)
     loaded, extra = checkpoint.load(path)
     assert (loaded["frozen", "0.bias"] == extra["number"]).all(), extra
@@ -243,13 +254,13 @@ class TestKilledSaves:
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and kill -9")
     def test_a_kill_leaves_the_old_file_or_the_new_one(self, tmp_path: Path):
         path = str(tmp_path / "run.safetensors")
-        command = [sys.executable, "-c", KILLED_WHILE_SAVING, path, "250"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+        command = [sys.executable, "-c", KILLED_WHILE_SAVING, path, "100"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
         assert done.returncode == 0, done.stderr
         kills, saves, partial = map(int, done.stdout.split())
-        # Some children were killed while writing, and some saved more than once.
-        assert kills == 250
-        assert saves > 50
+        # Children were killed while writing, and some after they had saved.
+        assert kills >= 100
+        assert saves > 80
         assert partial > 10
 
     def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import rosa_func
 from models import randn, seeded, stock_model, tiny_gpt2, token_ids, two_layers
 from references import main_output, perturbed, relative_distance
+from rosa_func.module import RosaModule
 from rosa_func.places import places
 
 
@@ -158,6 +159,25 @@ class TestLinks:
         with pytest.raises(TypeError, match="use bind"):
             rosa_func.adapted(model, state)
         assert torch.equal(rosa_func.call(model, state, x), right)
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.script. is")
+    def test_a_scripted_module_is_refused_by_name(self):
+        """Torch's own TypeError said "contains(): incompatible function arguments"."""
+        model, x = two_layers(), randn(3, 6)
+        model[0] = torch.jit.script(model[0])
+        state = rosa_func.init(model, 2, targets="2")
+        for use in (
+            lambda: rosa_func.call(model, state, x),
+            lambda: rosa_func.adapted(model, state),
+            lambda: rosa_func.bind(model, state).__enter__(),
+            lambda: RosaModule(model, state),
+        ):
+            with pytest.raises(
+                TypeError, match=r"^0 was compiled by torch\.jit\.script.*to_module"
+            ):
+                use()
+        merged = rosa_func.export.to_module(model, state)
+        assert relative_distance(merged(x), model(x)) <= 1e-6
 
     def test_a_hook_that_closes_over_a_module_computes_with_the_state(self):
         model, x = two_layers(), randn(3, 6)

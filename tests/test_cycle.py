@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from torch import Tensor, nn
@@ -73,6 +73,9 @@ def can_be_exact(case: Case) -> bool:
     return case.parts.base == "dense" or case.dtype != torch.float64
 
 
+# R + c and A B cancel to a tenth of either: what the product loses is more than what the sum does.
+CANCELLING = Case(LINEAR, Parts("int8"), torch.float32, samplers.random, 2, 4, 1, seed=1)
+
 ANY_LOW_RANK_PARTS = st.sampled_from([Parts(base) for base in BASES])
 
 
@@ -103,14 +106,23 @@ class TestMergeReconstructs:
 
     @settings(max_examples=60)
     @given(cases(), st.sampled_from([None, False, True]))
+    @example(CANCELLING, True)
     def test_a_merge_of_a_trained_state_is_the_fold_of_its_parts(self, case, exact):
+        """A B is formed in the factors' dtype, also where the sums are in a wider one.
+
+        So it is off by g = r u / (1 - r u) times |A||B| (Higham, 3.1), and the scale is below 2.
+        The merged weight is rounded once, by half a unit, or half a subnormal step.
+        """
         state = case.trained(exact)
         w, expected = only_weight(state), unrounded(state)
         A, B = (factor.double().abs() for factor in low_rank(w))
-        largest = 2 * (w.base.dense().double().abs() + (A @ B).view(w.shape)) + 1  # scale < 2
-        wide = factor_dtype(case.dtype) if w.lost is None else w.lost.dtype
-        eps = torch.finfo(torch.promote_types(wide, factor_dtype(case.dtype))).eps
-        bound = torch.finfo(case.dtype).eps * expected.abs() + 4 * (case.r + 2) * eps * largest
+        product = (A @ B).view(w.shape)
+        own = factor_dtype(case.dtype)
+        wide = own if w.lost is None else torch.promote_types(own, w.lost.dtype)
+        info = torch.finfo(case.dtype)
+        bound = info.eps * (expected.abs() + info.smallest_normal)
+        bound += (case.r + 1) * torch.finfo(own).eps * product
+        bound += 20 * torch.finfo(wide).eps * (2 * (w.base.dense().double().abs() + product) + 1)
         assert ((merged_weight(state) - expected).abs() <= bound).all()
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)

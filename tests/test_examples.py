@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -20,11 +21,20 @@ import matplotlib
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
+import rosa_func
 from cases import SAMPLER_NAMES
 from examples.shared.curves import Curve, plot
-from examples.shared.small_gpt2 import Base, Budget
+from examples.shared.small_gpt2 import SHORT, Base, Budget, base_and_data, cached_base, perplexity
 from models import seeded
 from references import state_bytes
 from rosa_func import checkpoint
@@ -105,6 +115,14 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     seeded(lambda: GPT2LMHeadModel(config)).save_pretrained(data_folder / "model")
     return data_folder
+
+
+@pytest.fixture(scope="module")
+def base_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a cache that has the base model of `--short`."""
+    cache = tmp_path_factory.mktemp("cache")
+    cached_base(SHORT[0], cache)
+    return cache
 
 
 def test_the_examples_import_each_other_in_one_way():
@@ -407,14 +425,19 @@ def test_an_interrupted_example_prints_one_line(
     assert done.err.startswith("interrupted: ") and len(done.err.splitlines()) == 1
 
 
-def test_trainer_warns_of_nothing(run_example: RunExample, tmp_path: Path):
-    """A warning is an error here."""
+def test_trainer_warns_of_nothing_and_prints_the_perplexity_of_the_merged_model(
+    run_example: RunExample, base_cache: Path, tmp_path: Path
+):
+    """A warning is an error here. The loss was divided by one token too many for each block."""
     done = run_example(
-        "trainer", "--short", "--every", 10, "--cache", tmp_path, "--out", tmp_path / "out"
+        "trainer", "--short", "--every", 10, "--cache", base_cache, "--out", tmp_path
     )
     assert done.code == 0
-    assert "held-out perplexity" in done.out
-    assert (tmp_path / "out" / "merged" / "model.safetensors").exists()
+    merged = GPT2LMHeadModel.from_pretrained(tmp_path / "merged")
+    _, _, data = base_and_data(*SHORT, base_cache)
+    found = perplexity(lambda ids: merged(ids).logits, data.held_out)
+    (printed,) = re.findall(r"held-out perplexity (\d+\.\d+)", done.out)
+    assert float(printed) == pytest.approx(found, abs=0.02)
 
 
 def test_the_benchmark_of_a_call_times_every_contender(run_example: RunExample):
@@ -425,9 +448,10 @@ def test_the_benchmark_of_a_call_times_every_contender(run_example: RunExample):
     assert "at most 1: not judged" in done.out
 
 
-def test_ddp_starts_its_processes_and_ends_all_of_them_in_one_line_when_interrupted(tmp_path: Path):
-    """Ctrl-C in a terminal goes to the whole group of processes."""
-    command = [sys.executable, "-u", "-m", "examples.ddp", "--short", "--cache", str(tmp_path)]
+@pytest.mark.parametrize("heard", [1, 2], ids=["while it starts processes", "when they run"])
+def test_ddp_ends_all_its_processes_in_one_line_when_interrupted(base_cache: Path, heard: int):
+    """Ctrl-C, which goes to the whole group of processes, was lost while they were started."""
+    command = [sys.executable, "-u", "-m", "examples.ddp", "--short", "--cache", str(base_cache)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}  # in the processes that it starts too
     with subprocess.Popen(
@@ -435,20 +459,90 @@ def test_ddp_starts_its_processes_and_ends_all_of_them_in_one_line_when_interrup
     ) as run:
         assert run.stdout is not None
         said = iter(run.stdout.readline, "")
-        # By the one that starts the others, deaf to Ctrl-C while it does, and by one of them.
-        for _ in range(2):
+        # First by the one that starts the others, just before it does, and then by one of them.
+        for _ in range(heard):
             assert any(line.startswith("base model: cached in") for line in said)
         os.killpg(run.pid, signal.SIGINT)
-        _, err = run.communicate(timeout=60)
+        _, err = run.communicate(timeout=60)  # that is, until all have closed their output
     assert run.returncode == 130
     assert err.splitlines()[-1] == "interrupted: a base model that was finished stays cached"
     assert "Traceback" not in err and "leaked" not in err
-    assert [path.name[:5] for path in tmp_path.iterdir()] == ["base-"]
+    assert [path.name[:5] for path in base_cache.iterdir()] == ["base-"]
+
+
+def test_own_data_tunes_a_model_that_transformers_loads(
+    run_example: RunExample, base_cache: Path, tmp_path: Path
+):
+    file = tmp_path / "text.txt"
+    file.write_text("To be is to do. To do is to be. Do be do be do. " * 100)
+    options = ["--short", "--cache", base_cache, "--out", tmp_path / "out"]
+    done = run_example("own_data", "--data", file, *options)
+    assert done.code == 0
+    before, after = map(float, re.findall(r"\d+\.\d+", done.out))
+    assert after < before - 1.0
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "tuned")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out" / "tuned").decode([0]) == "<|endoftext|>"
+    state, _ = checkpoint.load(tmp_path / "out" / "state.safetensors")
+    merged = rosa_func.merge(state)
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in tuned.named_parameters())
+    file.write_text("To be is to do.")
+    done = run_example("own_data", "--data", file, *options)
+    assert done.code == 1
+    assert done.err.endswith("has 0 blocks of 64 tokens: expected ten")
+
+
+def test_classify_tunes_a_classifier_that_transformers_loads(
+    run_example: RunExample, base_cache: Path, tmp_path: Path
+):
+    file = tmp_path / "rows.tsv"
+    texts = {"good": "I like it, and it is good", "bad": "That was a waste of my time"}
+    rows = [f"{label}\t{texts[label]} {i}" for i in range(50) for label in texts]
+    file.write_text("\n".join(rows))
+    options = ["--short", "--cache", base_cache, "--out", tmp_path / "out"]
+    done = run_example("classify", "--data", file, *options)
+    assert done.code == 0
+    assert "accuracy on 10 held-out rows: " in done.out
+    assert ", 1.00 after" in done.out
+    folder = tmp_path / "out" / "tuned"
+    tuned = AutoModelForSequenceClassification.from_pretrained(folder)
+    said = pipeline("text-classification", tuned, tokenizer=AutoTokenizer.from_pretrained(folder))
+    assert [said(texts[label])[0]["label"] for label in texts] == ["good", "bad"]
+    for lines, complaint in (
+        (["no tab"], "expected lines of a label, a tab and a text, got ['no tab']"),
+        (rows[:1], "expected two classes and ten rows, got ['good'] and 1 rows"),
+    ):
+        file.write_text("\n".join(lines))
+        done = run_example("classify", "--data", file, *options)
+        assert done.code == 1
+        assert done.err.endswith(complaint)
+
+
+def test_the_members_of_the_ensemble_differ_and_their_mean_is_better_than_they_are_on_average(
+    run_example: RunExample, base_cache: Path
+):
+    done = run_example("ensemble", "--short", "--cache", base_cache)
+    assert done.code == 0
+    *members, mean = map(float, re.findall(r"ppl (\d+\.\d+)", done.out))
+    assert len(set(members)) == 3
+    # The loss is the logarithm, and Jensen's inequality is strict where they differ.
+    assert math.log(mean) < sum(map(math.log, members)) / 3
+    _, model, data = base_and_data(*SHORT, base_cache)
+    assert max(members) < perplexity(lambda ids: model(ids).logits, data.held_out) - 10
+
+
+@pytest.mark.parametrize("script", ["own_data", "classify"])
+def test_examples_refuse_data_that_are_not_there(run_example: RunExample, script: str):
+    done = run_example(script, "--data", "absent.txt")
+    assert done.code == 2
+    assert done.err.splitlines()[-1].endswith("argument --data: there is no file absent.txt")
 
 
 @pytest.mark.parametrize(
     "script",
-    ["quickstart --out", "quickstart --cache", "trainer --out", "trainer --cache", "ddp --cache"],
+    [
+        *("quickstart --out", "quickstart --cache", "trainer --out", "trainer --cache"),
+        *("ddp --cache", "own_data --out", "classify --out", "ensemble --cache"),
+    ],
 )
 def test_examples_refuse_a_file_where_a_folder_is_expected(run_example: RunExample, script: str):
     done = run_example(*script.split(), __file__)

@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from models import seeded, tiny_gpt2
-
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "examples" / "guide"
 RUNS_ON = ["training", "saving", "trainer", "transforms"]  # from where the README ends
@@ -20,11 +18,17 @@ def blocks(page: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return where the pages are run, and leave what they write."""
+    return tmp_path_factory.mktemp("readme")
+
+
+@pytest.fixture(scope="module")
+def names(folder: Path) -> dict[str, Any]:
     """Run the README, and return the names that it defines."""
     found: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
-        patch.chdir(tmp_path_factory.mktemp("readme"))
+        patch.chdir(folder)
         for block in blocks(ROOT / "README.md"):
             exec(compile(block, "README.md", "exec"), found)
     return found
@@ -46,12 +50,12 @@ def test_the_loop_of_the_readme_learns_what_its_comments_say(names: dict[str, An
 @pytest.mark.filterwarnings("ignore::UserWarning")  # from transformers, about tied weights
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # gradient_checkpointing_enable has a new name
 @pytest.mark.parametrize("page", RUNS_ON)
-def test_the_python_blocks_of_the_guide_run(
-    page: str, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_the_python_blocks_of_the_guide_run_with_what_the_readme_defines(
+    page: str, names: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.chdir(tmp_path)
-    seeded(lambda: tiny_gpt2(8, n_positions=32)).save_pretrained(tmp_path / "folder")
-    own = names | {"pretrained": names["model"], "folder": tmp_path / "folder"}
+    """Some had names that no page defined, such as `pretrained` and `folder`."""
+    monkeypatch.chdir(folder)
+    own = dict(names)
     found = blocks(GUIDE / f"{page}.md")
     assert found
     for block in found:

@@ -40,3 +40,11 @@ def folder(text: str) -> Path:
     if not nearest.is_dir():
         raise argparse.ArgumentTypeError(f"expected a folder, and {nearest} is a file")
     return path
+
+
+def text_file(text: str) -> Path:
+    """Read the path of a file, which must be there."""
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {path}")
+    return path

@@ -211,6 +211,11 @@ def _seen_below(value: Any, func: Callable[..., Any]) -> Any:
     return formed(value, func)
 
 
+def as_dense(value: Tensor) -> Tensor:
+    """Return the dense weight for a composed one, another tensor as it is."""
+    return dense(value.weight) if isinstance(value, Composed) else value
+
+
 def getter(attribute: str) -> Any:
     """Return the function by which an attribute of a tensor is read."""
     return getattr(Tensor, attribute).__get__
