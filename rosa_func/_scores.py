@@ -13,43 +13,40 @@ from rosa_func.weight.low_rank import low_rank
 from rosa_func.weight.parts import mapped
 from rosa_func.weight.probe import Probe
 
+Loss = Callable[[nn.Module, Any], Tensor]
+
 
 def scored(
-    model: nn.Module,
-    parts: Parts,
-    batches: Iterable[Any],
-    loss: Callable[[nn.Module, Any], Tensor],
-    squared: bool,
+    model: nn.Module, parts: Parts, batches: Iterable[Any], loss: Loss, squared: bool
 ) -> dict[str, Tensor]:
     """Return the mean square of each weight's gradients, or the absolute mean."""
-    parts = _detached(parts)
     probes = {name: _probe(w) for name, w in parts.adapted().items()}
-    sums = {
-        name: torch.zeros(
-            probe.zeros.shape,
-            dtype=torch.promote_types(probe.zeros.dtype, torch.float32),
-            device=probe.zeros.device,
-        )
-        for name, probe in probes.items()
-    }
+    sums = {name: _wide_zeros(probe) for name, probe in probes.items()}
+    seen: set[str] = set()  # in this batch
 
-    def add(leaf: Tensor, into: Tensor) -> None:
+    def take(leaf: Tensor, name: str) -> None:
         G, leaf.grad = leaf.grad, None  # the next weight's takes the same memory
-        if squared:
-            G = G.to(into.dtype)  # type: ignore[union-attr]  # 16 bits have no squares of 1e-6
-            into.addcmul_(G, G)
-        else:
-            into.add_(G)  # type: ignore[arg-type]
+        G = G.to(sums[name].dtype)  # type: ignore[union-attr]  # 16 bits have no squares of 1e-6
+        if not squared:
+            sums[name].add_(G)
+        elif name not in seen:
+            seen.add(name)
+            sums[name].addcmul_(G, G)
+        else:  # the square of a sum is not the sum of squares
+            raise ValueError(
+                f"the gradient of {name} comes in several pieces: let gradient checkpointing have "
+                'use_reentrant=False, or score by how="mean_abs"'
+            )
 
     for name, probe in probes.items():
-        hook: Any = partial(add, into=sums[name])
+        hook: Any = partial(take, name=name)
         probe.zeros.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-    weights = {n: w._replace(terms=(*w.terms, probes[n])) for n, w in parts.adapted().items()}
-    parts = parts._replace(frozen={**parts.frozen, **weights})
+    probed = _with_probes(parts, probes)
     count = 0
     for batch in batches:
-        with torch.enable_grad(), computing_with(model, parts) as computing:
-            _checked_loss(loss(computing, batch), count).backward()  # type: ignore[no-untyped-call]
+        with torch.enable_grad(), computing_with(model, probed) as computing:
+            _checked(loss(computing, batch), count).backward()  # type: ignore[no-untyped-call]
+        seen.clear()
         count += 1
     if not count:
         raise ValueError("batches is empty: scores are means over at least one batch")
@@ -62,22 +59,37 @@ def _probe(w: Weight) -> Probe:
     return Probe.of(torch.Size(low_rank(w).shape), w.base.dtype, w.base.device)
 
 
-def _detached(parts: Parts) -> Parts:
-    """Return the parts as values, so that no gradient reaches the leaves of a state."""
+def _wide_zeros(probe: Probe) -> Tensor:
+    zeros = probe.zeros
+    dtype = torch.promote_types(zeros.dtype, torch.float32)
+    return torch.zeros(zeros.shape, dtype=dtype, device=zeros.device)
+
+
+def _with_probes(parts: Parts, probes: dict[str, Probe]) -> Parts:
+    """Return the parts as values, so that gradients reach the probes and no leaf of a state."""
     weights = {
-        name: w._replace(terms=tuple(mapped(t, Tensor.detach, t._fields) for t in w.terms))
+        name: w._replace(
+            terms=(*(mapped(t, Tensor.detach, t._fields) for t in w.terms), probes[name])
+        )
         for name, w in parts.adapted().items()
     }
     full = {name: value.detach() for name, value in parts.full.items()}
     return parts._replace(frozen={**parts.frozen, **weights}, full=full)
 
 
-def _checked_loss(value: Any, place: int) -> Tensor:
-    if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
-        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
+def _checked(value: Any, place: int) -> Tensor:
+    if not isinstance(value, Tensor):
         raise ValueError(
-            f"loss(model, batch) is a scalar tensor that depends on the adapted weights; for batch "
-            f"{place} it returned {what!r}"
+            f"loss(model, batch) is a scalar tensor; for batch {place} it was {value!r}"
+        )
+    if value.ndim:
+        raise ValueError(
+            f"loss(model, batch) is a scalar; for batch {place} it has shape {tuple(value.shape)}"
+        )
+    if not value.requires_grad:
+        raise ValueError(
+            f"the loss of batch {place}, {float(value)}, does not depend on the adapted weights: "
+            "let it compute with the model that it is given, with gradients"
         )
     if not value.isfinite():
         raise ValueError(f"the loss of batch {place} is {float(value)}")

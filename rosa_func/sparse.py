@@ -1,6 +1,7 @@
 """Robust adaptation: a sparse part that trains beside the factors, W = R + A B + S."""
 
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -8,8 +9,16 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from rosa_func import keys
-from rosa_func._scores import scored
-from rosa_func._supports import Density, budgets, checked, largest_of_all, largest_of_each
+from rosa_func._scores import Loss, scored
+from rosa_func._supports import (
+    Density,
+    at_random,
+    budgets,
+    checked,
+    largest_of_all,
+    largest_of_each,
+    without_score,
+)
 from rosa_func.modules import some
 from rosa_func.weight import read, write
 from rosa_func.weight.low_rank import low_rank
@@ -24,7 +33,7 @@ def scores(
     model: nn.Module,
     state: TensorDict,
     batches: Iterable[Any],
-    loss: Callable[[nn.Module, Any], Tensor],
+    loss: Loss,
     *,
     how: str = "mean_square",
 ) -> dict[str, Tensor]:
@@ -51,8 +60,10 @@ def scores(
 
     Raises:
         ValueError: if `how` is another word, there is no batch, or the loss is not a scalar that
-            depends on an adapted weight, or not finite; or as `call` does.
-        KeyError: as `call` does.
+            depends on an adapted weight, or not finite; if a gradient to be squared comes in
+            several pieces, as of a layer that reentrant checkpointing runs twice; or as `call`
+            does.
+        KeyError, RuntimeError: as `call` does.
 
     Source: Nikdan et al. 2024, "RoSA", section 4.2.
 
@@ -68,7 +79,8 @@ def scores(
     """
     if how not in _HOW:
         raise ValueError(f"how is one of {', '.join(_HOW)}, got {how!r}")
-    return scored(model, read(state), batches, loss, how == "mean_square")
+    with torch.inference_mode(False):  # no gradients are there
+        return scored(model, read(state), batches, loss, how == "mean_square")
 
 
 def support(
@@ -97,6 +109,9 @@ def support(
             finite or not matrices, or another word for `across`.
         TypeError: for a density or a pattern of another type.
 
+    Warns:
+        UserWarning: if places without a score had to do, as in a weight that no gradient reached.
+
     Source: Nikdan et al. 2024, "RoSA", section 4.2.
 
     Example:
@@ -112,8 +127,16 @@ def support(
         raise ValueError(f"the scores of {some(bad)} are not finite")
     chosen = {name: scores[name] for name in counts}
     if across == "model":
-        return largest_of_all(chosen, counts)
-    return {name: largest_of_each(score, counts[name]) for name, score in chosen.items()}
+        found = largest_of_all(chosen, counts)
+    else:
+        found = {name: largest_of_each(score, counts[name]) for name, score in chosen.items()}
+    if unscored := without_score(chosen, found):
+        warnings.warn(
+            f"places were chosen though their score is zero, the first along the matrix: in "
+            f"{some(unscored)}; score with more batches, or give these weights a lower density",
+            stacklevel=2,
+        )
+    return found
 
 
 def support_random(state: TensorDict, density: Density, key: int) -> dict[str, Tensor]:
@@ -144,7 +167,7 @@ def support_random(state: TensorDict, density: Density, key: int) -> dict[str, T
     for name, k in budgets(shapes, density).items():
         *lead, m, n = shapes[name]
         drawn = [
-            torch.randperm(m * n, generator=keys.generator(key, "support", name, *place))[:k]
+            at_random(m * n, k, keys.generator(key, "support", name, *place))
             for place in (((e,) for e in range(torch.Size(lead).numel())) if lead else [()])
         ]
         found[name] = checked(name, torch.stack(drawn).view(*lead, k), shapes[name])
