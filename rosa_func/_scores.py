@@ -88,9 +88,9 @@ def _checked(value: Any, place: int) -> Tensor:
         )
     if not value.requires_grad:
         raise ValueError(
-            f"the loss of batch {place}, {float(value)}, does not depend on the adapted weights: "
+            f"the loss of batch {place}, {value.item()}, does not depend on the adapted weights: "
             "let it compute with the model that it is given, with gradients"
         )
     if not value.isfinite():
-        raise ValueError(f"the loss of batch {place} is {float(value)}")
+        raise ValueError(f"the loss of batch {place} is {value.detach().item()}")
     return value

@@ -196,7 +196,7 @@ def add(state: TensorDict, support: Mapping[str, Tensor]) -> TensorDict:
     Raises:
         ValueError: for a weight that has a sparse part already (`remove` it first), and places that
             are of another shape than the weight, out of range or given twice.
-        TypeError: for places that are no integers.
+        TypeError: for places that are no integers, or no mapping to them.
         KeyError: for a name that is no adapted weight's, or no name at all.
 
     Source: Nikdan et al. 2024, "RoSA", equation 2.
@@ -210,6 +210,10 @@ def add(state: TensorDict, support: Mapping[str, Tensor]) -> TensorDict:
     """
     parts = read(state)
     adapted = parts.adapted()
+    if not isinstance(support, Mapping):
+        raise TypeError(
+            f"a support is a mapping from names to places, got {type(support).__name__}"
+        )
     if not support:
         raise KeyError("the support has no weight in it")
     new = {}

@@ -76,9 +76,29 @@ class Probe(NamedTuple):
         return convolution(x, self.zeros.view(shape), None, *options)
 
     def grouped(self, product: Callable[..., Tensor], x: Tensor, flipped: bool) -> Tensor:
-        """Return products with zeros."""
-        return product(x, self.zeros.mT if flipped else self.zeros)
+        """Return zeros; a product of groups takes no matrix without memory."""
+        out: Tensor = _Grouped.apply(product, flipped, x, self.zeros)  # type: ignore[no-untyped-call]
+        return out
 
     def select(self, index: Any) -> "Probe":
         """Return the probe of the matrices W[index]."""
         return Probe(self.zeros[index])
+
+
+class _Grouped(torch.autograd.Function):
+    """Zeros, whose gradient by the weight is that of a product of groups with it."""
+
+    @staticmethod
+    def forward(ctx: Any, product: Any, flipped: bool, x: Tensor, zeros: Tensor) -> Tensor:
+        ctx.product, ctx.flipped, ctx.shape = product, flipped, zeros.shape
+        ctx.save_for_backward(x)
+        return x.new_zeros(()).expand(len(x), zeros.shape[-2 if flipped else -1])
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            W = x.new_zeros(ctx.shape).requires_grad_()
+            out = ctx.product(x.detach(), W.mT if ctx.flipped else W)
+            (d_W,) = torch.autograd.grad(out, [W], d)
+        return None, None, None, d_W

@@ -41,7 +41,7 @@ class SparsePart(NamedTuple):
 
     @property
     def convolve(self) -> None:
-        """The dense weight is formed."""
+        """It is folded in."""
 
     @property
     def grouped(self) -> None:
