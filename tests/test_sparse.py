@@ -85,9 +85,10 @@ class TestSupport:
 
     def test_across_a_batch_and_dtypes(self):
         """A float64 score was compared in float32, where it ties with one below it."""
-        scores = {"a": torch.tensor([[1.0, 1.0]]), "b": torch.tensor([[1 + 1e-12, 0.5]]).double()}
-        scores["b"] = torch.tensor([[1 + 1e-12, 0.5]], dtype=torch.float64)
-        assert list(sparse.support({**scores}, 0.5, across="model")) == ["a", "b"]
+        wide = torch.tensor([[1 + 1e-12, 2.0]], dtype=torch.float64)
+        scores = {"a": torch.tensor([[1.0, 0.5]]), "b": wide}
+        found = sparse.support(scores, 0.5, across="model")
+        assert {name: p.tolist() for name, p in found.items()} == {"b": [0, 1]}
         experts = torch.tensor([[[9.0, 1.0, 8.0, 7.0]], [[2.0, 3.0, 0.5, 0.4]]])
         found = sparse.support({"e": experts, "w": torch.full((1, 4), 2.5)}, 0.5, across="model")
         # 6 places: 9 8 7 3 of the experts, two each, and 2.5 2.5

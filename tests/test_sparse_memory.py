@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rosa_func
-from cases import CONV1D, EMBEDDING, LINEAR, adapt_every_weight, with_sparse
+from cases import CONV1D, LAYOUTS, LINEAR, adapt_every_weight, with_sparse
 from models import randn
 from references import relative_distance, storage_pointers
 from rosa_func import sparse
@@ -38,9 +38,9 @@ def addresses(state: TensorDict) -> set[int]:
 
 
 class TestMemory:
-    @pytest.mark.parametrize("layout", [LINEAR, CONV1D, EMBEDDING], ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
     def test_nothing_of_the_weights_size_is_saved_but_what_the_state_holds(self, layout):
-        """Sparse tuners keep the dense weight of each layer for backward."""
+        """Sparse tuners keep the dense weight of each layer, as experts and convolutions did."""
         m, n = 200, 300  # far more than the 5 tokens have of anything
         module = layout.build(m, n)
         state = with_sparse(adapt_every_weight(module, 2), 0.01)

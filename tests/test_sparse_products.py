@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
 import rosa_func
-from cases import CONV1D, EMBEDDING, LAYOUTS, LINEAR, SEEDS, Layout, adapt_every_weight, with_sparse
+from cases import (
+    CONV1D,
+    CONV2D,
+    EMBEDDING,
+    LAYOUTS,
+    LINEAR,
+    SEEDS,
+    Layout,
+    adapt_every_weight,
+    with_sparse,
+)
 from models import checkpoint_segments, randn, seeded, stock_moe, tiny_gpt2, token_ids
 from modules import TiedEmbedding
 from references import dense_weights, relative_distance, widened
@@ -82,6 +92,14 @@ class TestGradients:
         expected = gradients(masked, module, state, x)
         assert_close(gradients(composed, module, state, x), expected, dtype)
         assert expected[-1].any()
+
+    @pytest.mark.parametrize("layout", [LINEAR, CONV1D, CONV2D], ids=str)
+    def test_a_bias_that_trains_beside_them(self, layout):
+        module = seeded(lambda: layout.build(M, N)).double()
+        state = rosa_func.init(module, 2, targets="weight", train="bias")
+        state, x = with_sparse(state, 0.05), layout.input(M, N, torch.float64)
+        expected = gradients(masked, module, state, x)
+        assert_close(gradients(composed, module, state, x), expected, torch.float64)
 
     @given(
         m=st.integers(1, 40), n=st.integers(1, 40), tokens=st.integers(0, 600), k=SEEDS, seed=SEEDS
@@ -209,10 +227,11 @@ class TestTransforms:
         assert_close(found, expected, torch.float64)
         assert expected[0].any()
 
-    def test_second_derivatives_of_plain_autograd(self):
+    @pytest.mark.parametrize("layout", [a for a in LAYOUTS if a is not EMBEDDING], ids=str)
+    def test_second_derivatives_of_plain_autograd(self, layout):
         """What a gradient penalty asks for; in backward, values and factors are read once more."""
-        module, state = layer_and_state(LINEAR, torch.float64)
-        x, found = LINEAR.input(M, N, torch.float64).requires_grad_(), []
+        module, state = layer_and_state(layout, torch.float64)
+        x, found = layout.input(M, N, torch.float64).requires_grad_(), []
         leaves = rosa_func.parameters(state)
         for f in (composed, masked):
             output = loss_of(f(module, state["trainable"], state, x))

@@ -151,6 +151,9 @@ class TestScores:
         with Alive(32, 32) as mode:
             sparse.scores(model, state, [randn(4, 32)], loss_of)
         assert 1 <= mode.most <= 2  # one goes as the next one comes
+        with Alive(32, 32) as mode:
+            torch.autograd.grad(loss_of(model, randn(4, 32)), list(model.parameters()))
+        assert mode.most == 8
 
     def test_gradients_of_1e_minus_6_in_float16_do_not_tie(self):
         """Their squares are zero in float16, so a support of them was the first places."""

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rosa_func.weight.parts import pulled
+
 
 class Probe(NamedTuple):
     """Zeros of the weight's shape, or of its matrix: a leaf that takes no memory."""
@@ -97,8 +99,9 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        with torch.enable_grad():
-            W = x.new_zeros(ctx.shape).requires_grad_()
-            out = ctx.product(x.detach(), W.mT if ctx.flipped else W)
-            (d_W,) = torch.autograd.grad(out, [W], d)
-        return None, None, None, d_W
+
+        def compute(W: Tensor) -> Tensor:
+            out: Tensor = ctx.product(x.detach(), W.mT if ctx.flipped else W)
+            return out
+
+        return None, None, None, *pulled(compute, [x.new_zeros(ctx.shape)], [True], d)

@@ -107,10 +107,11 @@ def _convolution(
     base, terms = w.weight.base, w.weight.terms
     if any(t.ndim != 2 or (t.convolve is None and t.through is None) for t in terms):
         return NotImplemented
-    R = base.dense()
-    for term in terms:
-        R = term.fold(R) if term.convolve is None else R
-    out = func(x, R, bias, stride, padding, dilation)
+
+    def convolution(x: Any, W: Any, bias: Any = None) -> Any:
+        return func(x, W, bias, stride, padding, dilation)
+
+    out = product.folded(convolution, x, w.weight, *(() if bias is None else (bias,)))
     for term in terms:
         if term.convolve is not None:
             out = out + term.convolve(func, x, base.shape, stride, padding, dilation)
