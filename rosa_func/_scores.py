@@ -13,11 +13,21 @@ from rosa_func.weight.low_rank import low_rank
 from rosa_func.weight.parts import mapped
 from rosa_func.weight.probe import Probe
 
-Loss = Callable[[nn.Module, Any], Tensor]
+_HOW = ("mean_square", "mean_abs")
+
+
+def check_how(how: str) -> None:
+    """Refuse another word for how gradients become scores."""
+    if how not in _HOW:
+        raise ValueError(f"how is one of {', '.join(_HOW)}, got {how!r}")
 
 
 def scored(
-    model: nn.Module, parts: Parts, batches: Iterable[Any], loss: Loss, squared: bool
+    model: nn.Module,
+    parts: Parts,
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+    squared: bool,
 ) -> dict[str, Tensor]:
     """Return the mean square of each weight's gradients, or the absolute mean."""
     probes = {name: _probe(w) for name, w in parts.adapted().items()}

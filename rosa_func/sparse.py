@@ -1,7 +1,7 @@
 """Robust adaptation: a sparse part that trains beside the factors, W = R + A B + S."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from rosa_func import keys
-from rosa_func._scores import Loss, scored
+from rosa_func._scores import check_how, scored
 from rosa_func._supports import (
     Density,
     at_random,
@@ -25,7 +25,6 @@ from rosa_func.weight.low_rank import low_rank
 from rosa_func.weight.rounding import absorbed, factor_dtype
 from rosa_func.weight.sparse_part import SparsePart, sparse_part
 
-_HOW = ("mean_square", "mean_abs")
 _ACROSS = ("weight", "model")
 
 
@@ -33,7 +32,7 @@ def scores(
     model: nn.Module,
     state: TensorDict,
     batches: Iterable[Any],
-    loss: Loss,
+    loss: Callable[[nn.Module, Any], Tensor],
     *,
     how: str = "mean_square",
 ) -> dict[str, Tensor]:
@@ -77,8 +76,7 @@ def scores(
         >>> scores["0.weight"].shape
         torch.Size([4, 6])
     """
-    if how not in _HOW:
-        raise ValueError(f"how is one of {', '.join(_HOW)}, got {how!r}")
+    check_how(how)
     with torch.inference_mode(False):  # no gradients are there
         return scored(model, read(state), batches, loss, how == "mean_square")
 
