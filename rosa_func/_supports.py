@@ -1,12 +1,15 @@
 """The places of the largest entries, and how many of them."""
 
 from collections.abc import Mapping
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from rosa_func.keys import canonical
 from rosa_func.patterns import matches_nothing, select
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 Density = float | Mapping[str, float]
 
@@ -55,6 +58,18 @@ def _largest(row: Tensor, k: int) -> Tensor:
     return torch.cat([above, equal[: k - len(above)]]).sort().values
 
 
+def at_random(size: int, k: int, generator: torch.Generator) -> Tensor:
+    """Return k of the places below `size`, every set of them equally likely."""
+    if 2 * k > size:
+        return torch.randperm(size, generator=generator)[:k]
+    # A shuffle of all takes minutes of a vocabulary. No place is preferred, so what is drawn with
+    # repeats, until there are enough, and thinned, is as likely to be any set.
+    found = torch.empty(0, dtype=torch.int64)
+    while len(found) < k:
+        found = torch.unique(torch.cat([found, torch.randint(size, (k,), generator=generator)]))
+    return found[torch.randperm(len(found), generator=generator)[:k]]
+
+
 def largest_of_all(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
     """Return the places of the largest of all scores, as many as `counts` gives in all.
 
@@ -62,7 +77,8 @@ def largest_of_all(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> d
     """
     lead = {name: score.shape[:-2].numel() for name, score in scores.items()}
     left = sum(k * lead[name] for name, k in counts.items())
-    flat = {name: score.detach().flatten() for name, score in scores.items()}
+    wide = reduce(torch.promote_types, (score.dtype for score in scores.values()))
+    flat = {name: score.detach().flatten().to(wide) for name, score in scores.items()}
     candidates = [row.topk(min(left, len(row)), sorted=False).values for row in flat.values()]
     least = torch.cat([c.cpu() for c in candidates]).topk(left, sorted=False).values.min()
     above = {name: int((row > least.to(row.device)).sum()) for name, row in flat.items()}
@@ -76,10 +92,21 @@ def largest_of_all(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> d
     return found
 
 
+def without_score(scores: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """Return the weights with places that were chosen of more whose score is zero, and how many."""
+    named = []
+    for name, places in found.items():
+        zero = scores[name].flatten(-2) == 0
+        taken = zero.gather(-1, places.long()).sum(-1)
+        if many := int(taken[taken < zero.sum(-1)].sum()):
+            named.append(f"{name} ({many} of {places.numel()})")
+    return named
+
+
 def checked(name: str, places: Tensor, shape: torch.Size) -> Tensor:
     """Return a support of one weight, sorted, or say what is wrong with it."""
     *lead, m, n = shape
-    if not isinstance(places, Tensor) or places.is_floating_point() or places.dtype == torch.bool:
+    if not isinstance(places, Tensor) or places.dtype not in _INTEGERS:
         got = places.dtype if isinstance(places, Tensor) else type(places).__name__
         raise TypeError(f"the support of {name} is a tensor of integers, got {got}")
     if list(places.shape[:-1]) != lead or not places.ndim or not places.shape[-1]:

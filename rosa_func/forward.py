@@ -212,13 +212,14 @@ def bind(model: nn.Module, state: TensorDict) -> Iterator[nn.Module]:
 def computing_with(model: nn.Module, parts: Parts) -> Iterator[nn.Module]:
     """Yield the model with these weights: a copy as of `adapted`, else itself as in `bind`."""
     with _alone(model):
-        found, names, weights, _ = _fitted(model, parts)
+        found, names, weights, views = _fitted(model, parts)
         copies = standing(found, names, weights)
         if copies is None:
-            with _bound(model, found, names, weights):
+            with _unwritten(views), _bound(model, found, names, weights):
                 yield model
             return
-    yield copies[0]
+    with _unwritten(views):
+        yield copies[0]
 
 
 def check_fit(model: nn.Module, state: TensorDict) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Robust adaptation: a sparse part that trains beside the factors, W = R + A B + S."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,17 +9,22 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from rosa_func import keys
-from rosa_func._supports import Density, budgets, checked, largest_of_all, largest_of_each
-from rosa_func.forward import computing_with
+from rosa_func._scores import check_how, scored
+from rosa_func._supports import (
+    Density,
+    at_random,
+    budgets,
+    checked,
+    largest_of_all,
+    largest_of_each,
+    without_score,
+)
 from rosa_func.modules import some
-from rosa_func.weight import Parts, Weight, read, write
+from rosa_func.weight import read, write
 from rosa_func.weight.low_rank import low_rank
-from rosa_func.weight.parts import mapped
-from rosa_func.weight.probe import Probe
 from rosa_func.weight.rounding import absorbed, factor_dtype
 from rosa_func.weight.sparse_part import SparsePart, sparse_part
 
-_HOW = ("mean_square", "mean_abs")
 _ACROSS = ("weight", "model")
 
 
@@ -54,8 +59,10 @@ def scores(
 
     Raises:
         ValueError: if `how` is another word, there is no batch, or the loss is not a scalar that
-            depends on an adapted weight, or not finite; or as `call` does.
-        KeyError: as `call` does.
+            depends on an adapted weight, or not finite; if a gradient to be squared comes in
+            several pieces, as of a layer that reentrant checkpointing runs twice; or as `call`
+            does.
+        KeyError, RuntimeError: as `call` does.
 
     Source: Nikdan et al. 2024, "RoSA", section 4.2.
 
@@ -69,42 +76,9 @@ def scores(
         >>> scores["0.weight"].shape
         torch.Size([4, 6])
     """
-    if how not in _HOW:
-        raise ValueError(f"how is one of {', '.join(_HOW)}, got {how!r}")
-    parts = _detached(read(state))
-    probes = {name: _probe(w) for name, w in parts.adapted().items()}
-    sums = {
-        name: torch.zeros(
-            probe.zeros.shape,
-            dtype=torch.promote_types(probe.zeros.dtype, torch.float32),
-            device=probe.zeros.device,
-        )
-        for name, probe in probes.items()
-    }
-
-    def add(leaf: Tensor, into: Tensor) -> None:
-        G, leaf.grad = leaf.grad, None  # the next weight's takes the same memory
-        if how == "mean_square":
-            G = G.to(into.dtype)  # type: ignore[union-attr]  # 16 bits have no squares of 1e-6
-            into.addcmul_(G, G)
-        else:
-            into.add_(G)  # type: ignore[arg-type]
-
-    for name, probe in probes.items():
-        hook: Any = partial(add, into=sums[name])
-        probe.zeros.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-    weights = {n: w._replace(terms=(*w.terms, probes[n])) for n, w in parts.adapted().items()}
-    parts = parts._replace(frozen={**parts.frozen, **weights})
-    count = 0
-    for batch in batches:
-        with torch.enable_grad(), computing_with(model, parts) as computing:
-            _checked_loss(loss(computing, batch), count).backward()  # type: ignore[no-untyped-call]
-        count += 1
-    if not count:
-        raise ValueError("batches is empty: scores are means over at least one batch")
-    for total in sums.values():
-        total.div_(count)
-    return {name: total if how == "mean_square" else total.abs_() for name, total in sums.items()}
+    check_how(how)
+    with torch.inference_mode(False):  # no gradients are there
+        return scored(model, read(state), batches, loss, how == "mean_square")
 
 
 def support(
@@ -133,6 +107,9 @@ def support(
             finite or not matrices, or another word for `across`.
         TypeError: for a density or a pattern of another type.
 
+    Warns:
+        UserWarning: if places without a score had to do, as in a weight that no gradient reached.
+
     Source: Nikdan et al. 2024, "RoSA", section 4.2.
 
     Example:
@@ -148,8 +125,16 @@ def support(
         raise ValueError(f"the scores of {some(bad)} are not finite")
     chosen = {name: scores[name] for name in counts}
     if across == "model":
-        return largest_of_all(chosen, counts)
-    return {name: largest_of_each(score, counts[name]) for name, score in chosen.items()}
+        found = largest_of_all(chosen, counts)
+    else:
+        found = {name: largest_of_each(score, counts[name]) for name, score in chosen.items()}
+    if unscored := without_score(chosen, found):
+        warnings.warn(
+            f"places were chosen though their score is zero, the first along the matrix: in "
+            f"{some(unscored)}; score with more batches, or give these weights a lower density",
+            stacklevel=2,
+        )
+    return found
 
 
 def support_random(state: TensorDict, density: Density, key: int) -> dict[str, Tensor]:
@@ -180,7 +165,7 @@ def support_random(state: TensorDict, density: Density, key: int) -> dict[str, T
     for name, k in budgets(shapes, density).items():
         *lead, m, n = shapes[name]
         drawn = [
-            torch.randperm(m * n, generator=keys.generator(key, "support", name, *place))[:k]
+            at_random(m * n, k, keys.generator(key, "support", name, *place))
             for place in (((e,) for e in range(torch.Size(lead).numel())) if lead else [()])
         ]
         found[name] = checked(name, torch.stack(drawn).view(*lead, k), shapes[name])
@@ -209,7 +194,7 @@ def add(state: TensorDict, support: Mapping[str, Tensor]) -> TensorDict:
     Raises:
         ValueError: for a weight that has a sparse part already (`remove` it first), and places that
             are of another shape than the weight, out of range or given twice.
-        TypeError: for places that are no integers.
+        TypeError: for places that are no integers, or no mapping to them.
         KeyError: for a name that is no adapted weight's, or no name at all.
 
     Source: Nikdan et al. 2024, "RoSA", equation 2.
@@ -223,6 +208,10 @@ def add(state: TensorDict, support: Mapping[str, Tensor]) -> TensorDict:
     """
     parts = read(state)
     adapted = parts.adapted()
+    if not isinstance(support, Mapping):
+        raise TypeError(
+            f"a support is a mapping from names to places, got {type(support).__name__}"
+        )
     if not support:
         raise KeyError("the support has no weight in it")
     new = {}
@@ -273,29 +262,3 @@ def remove(state: TensorDict) -> TensorDict:
     if not new:
         raise ValueError("no weight of the state has a sparse part")
     return write(parts._replace(frozen={**parts.frozen, **new}))
-
-
-def _probe(w: Weight) -> Probe:
-    return Probe.of(torch.Size(low_rank(w).shape), w.base.dtype, w.base.device)
-
-
-def _detached(parts: Parts) -> Parts:
-    """Return the parts as values, so that no gradient reaches the leaves of a state."""
-    weights = {
-        name: w._replace(terms=tuple(mapped(t, Tensor.detach, t._fields) for t in w.terms))
-        for name, w in parts.adapted().items()
-    }
-    full = {name: value.detach() for name, value in parts.full.items()}
-    return parts._replace(frozen={**parts.frozen, **weights}, full=full)
-
-
-def _checked_loss(value: Any, place: int) -> Tensor:
-    if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
-        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
-        raise ValueError(
-            f"loss(model, batch) is a scalar tensor that depends on the adapted weights; for batch "
-            f"{place} it returned {what!r}"
-        )
-    if not value.isfinite():
-        raise ValueError(f"the loss of batch {place} is {float(value)}")
-    return value

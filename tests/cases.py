@@ -27,7 +27,7 @@ from modules import (
     TiedEmbedding,
 )
 from references import perturbed
-from rosa_func import samplers
+from rosa_func import samplers, sparse
 from rosa_func.weight import Base, Term, read, write
 from rosa_func.weight.dense import Dense
 from rosa_func.weight.low_rank import low_rank
@@ -161,6 +161,12 @@ def scattered_layer(layout: Layout, m: int, n: int, dtype: torch.dtype, seed: in
 def adapt_every_weight(module: nn.Module, r: int, **options: object) -> TensorDict:
     """Return a state in which all weights are adapted, also those that are not by default."""
     return rosa_func.init(module, r, targets="*weight", **options)
+
+
+def with_sparse(state: TensorDict, density: float, seed: int = 0) -> TensorDict:
+    """Return the state with a sparse part on random places, as if trained."""
+    support = sparse.support_random(state, density, seed)
+    return perturbed(sparse.add(state, support), seed=seed)
 
 
 # What a weight is made of, beside its low-rank term. A test of any but DENSE and () needs the toys:

@@ -52,6 +52,13 @@ def perturbed(state: TensorDict, scale: float = 0.1, seed: int = 0) -> TensorDic
     return state.replace(trainable=state["trainable"].apply(move))
 
 
+def widened(value: Any) -> Any:
+    """Return a tensor or a state in float64, its integers as they are."""
+    if isinstance(value, TensorDict):
+        return value.apply(widened)
+    return value.double() if value.is_floating_point() else value
+
+
 def relative_distance(a: Tensor, b: Tensor) -> float:
     """Return the largest difference relative to the largest value of b."""
     return float((a - b).detach().abs().max() / b.detach().abs().max().clamp_min(1e-30))

@@ -75,8 +75,7 @@ def test_the_first_match_of_a_mapping_counts():
 @pytest.mark.parametrize(
     "r, error, parts",
     [
-        (0, ValueError, ["at least 1", "0"]),
-        (-3, ValueError, ["at least 1", "-3"]),
+        (-3, ValueError, ["at least 0", "-3"]),
         (True, TypeError, ["True", "bool", "int or a fraction"]),
         ("4", TypeError, ["'4'", "str"]),
         (None, TypeError, ["None"]),
@@ -87,7 +86,7 @@ def test_the_first_match_of_a_mapping_counts():
         (float("nan"), ValueError, ["nan", "(0, 1)"]),
         (5, ValueError, ["5", "min(4, 6) = 4", "0.weight", "smaller rank"]),
         ({"0.weight": 2}, ValueError, ["2.weight", "'0.weight': 2", "'*'"]),
-        ({"0.weight": 2, "*": 0}, ValueError, ["at least 1", "0"]),
+        ({"0.weight": 2, "*": -1}, ValueError, ["at least 0", "-1"]),
         ({"0.weight": True, "*": 1}, TypeError, ["True", "bool"]),
         ({"0.wieght": 2, "*": 1}, ValueError, ["'0.wieght'", "0.weight"]),
         ({0: 2, "*": 1}, TypeError, ["0", "patterns"]),
@@ -104,6 +103,12 @@ def test_ranks_that_are_refused(r, error, parts):
             rosa_func.resample(state, 1, r=r)
         assert all(part in str(caught.value) for part in parts)
         assert state_bytes(state) == before
+
+
+def test_rank_0_adapts_by_no_factors():
+    """It is for a sparse part alone; ranks beside it stay."""
+    assert adapted_ranks(two_layers(), 0) == {"0.weight": 0, "2.weight": 0}
+    assert adapted_ranks(two_layers(), {"0.weight": 2, "*": 0}) == {"0.weight": 2, "2.weight": 0}
 
 
 def test_a_rank_is_checked_against_each_weight():

@@ -21,7 +21,7 @@ from rosa_func._torch import (
     without_torch_function,
     written,
 )
-from rosa_func.weight.parts import Weight, cast, dense, rebuilt, tensors
+from rosa_func.weight.parts import Weight, cast, dense, pulled, rebuilt, tensors
 from rosa_func.weight.read_only import ReadOnly, computed, write_error
 
 # What a function does with a composed weight. The tables are filled by rules.py. A rule takes the
@@ -167,18 +167,10 @@ class _Outside(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        again = torch.is_grad_enabled()
-        with torch.enable_grad():
-            values = ctx.saved_tensors
-            if not again:
-                values = tuple(
-                    value.detach().requires_grad_(needed)
-                    for value, needed in zip(values, ctx.needs_input_grad[1:], strict=True)
-                )
-            W = dense(rebuilt(ctx.weight, values))
-            trained = [value for value in values if value.requires_grad]
-            found = iter(torch.autograd.grad(W, trained, d, create_graph=again))
-        return None, *(next(found) if value.requires_grad else None for value in values)
+        def whole(*values: Tensor) -> Tensor:
+            return dense(rebuilt(ctx.weight, values))
+
+        return None, *pulled(whole, ctx.saved_tensors, ctx.needs_input_grad[1:], d)
 
 
 def formed(value: Any, func: Callable[..., Any]) -> Any:

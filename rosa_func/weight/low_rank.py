@@ -140,13 +140,17 @@ class LowRank(NamedTuple):
     def grouped(self, product: Callable[..., Tensor], x: Tensor, flipped: bool) -> Tensor:
         """Return (x A) B, each group of rows with factors of its own.
 
-        Rows of a grouped product have multiples of 16 bytes: zeros fill the rank up, which changes
-        nothing.
+        Rows of a grouped product have multiples of 16 bytes.
         """
-        A, B = self.sides(flipped)
-        if missing := -self.r % (16 // A.itemsize):
-            A, B = F.pad(A, (0, missing)), F.pad(B, (0, 0, 0, missing))
+        A, B = self._filled(16 // self.A.itemsize).sides(flipped)
         return product(product(x, A), B)
+
+    def _filled(self, width: int) -> "LowRank":
+        """Fill the rank up with zeros to a multiple of a width above 0, which changes nothing."""
+        missing = -self.r % width if self.r else width
+        if not missing:
+            return self  # the usual case
+        return LowRank(F.pad(self.A, (0, missing)), F.pad(self.B, (0, 0, 0, missing)))
 
     def rows(self, embedding: Callable[..., Tensor], indices: Tensor, shape: torch.Size) -> Tensor:
         """Return rows of A B."""
@@ -155,9 +159,10 @@ class LowRank(NamedTuple):
     def convolve(
         self, convolution: Callable[..., Tensor], x: Tensor, shape: torch.Size, *options: Any
     ) -> Tensor:
-        """Convolve with B, whose r outputs A mixes."""
-        inner = convolution(x, self.B.view(-1, *shape[1:]), None, *options)
-        return convolution(inner, self.A.view(*self.A.shape, *(1 for _ in shape[2:])))
+        """Convolve with B, whose r outputs A mixes. A convolution has an output at least."""
+        A, B = self._filled(1)
+        inner = convolution(x, B.view(-1, *shape[1:]), None, *options)
+        return convolution(inner, A.view(*A.shape, *(1 for _ in shape[2:])))
 
 
 def low_rank(w: Weight) -> LowRank:

@@ -217,3 +217,22 @@ def rebuilt(w: Weight, values: Iterable[Tensor]) -> Weight:
     parts: tuple[Any, ...] = (w.base, *w.terms)
     base, *terms = (type(part)(*(next(rest) for _ in part._fields)) for part in parts)
     return w._replace(base=base, terms=tuple(terms))
+
+
+def pulled(
+    compute: Callable[..., Tensor], values: Iterable[Tensor], needs: Iterable[bool], d: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of compute(*values) by what is needed of the values, in a backward.
+
+    It is computed again: by the values as such where a second derivative is asked for.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if not again:
+            pairs = zip(values, needs, strict=True)
+            values = [value.detach().requires_grad_(needed) for value, needed in pairs]
+        values = list(values)
+        out = compute(*values)
+        trained = [value for value in values if value.requires_grad]
+        found = iter(torch.autograd.grad(out, trained, d, create_graph=again))
+    return tuple(next(found) if value.requires_grad else None for value in values)

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rosa_func.weight.parts import pulled
+
 
 class Probe(NamedTuple):
     """Zeros of the weight's shape, or of its matrix: a leaf that takes no memory."""
@@ -76,9 +78,30 @@ class Probe(NamedTuple):
         return convolution(x, self.zeros.view(shape), None, *options)
 
     def grouped(self, product: Callable[..., Tensor], x: Tensor, flipped: bool) -> Tensor:
-        """Return products with zeros."""
-        return product(x, self.zeros.mT if flipped else self.zeros)
+        """Return zeros; a product of groups takes no matrix without memory."""
+        out: Tensor = _Grouped.apply(product, flipped, x, self.zeros)  # type: ignore[no-untyped-call]
+        return out
 
     def select(self, index: Any) -> "Probe":
         """Return the probe of the matrices W[index]."""
         return Probe(self.zeros[index])
+
+
+class _Grouped(torch.autograd.Function):
+    """Zeros, whose gradient by the weight is that of a product of groups with it."""
+
+    @staticmethod
+    def forward(ctx: Any, product: Any, flipped: bool, x: Tensor, zeros: Tensor) -> Tensor:
+        ctx.product, ctx.flipped, ctx.shape = product, flipped, zeros.shape
+        ctx.save_for_backward(x)
+        return x.new_zeros(()).expand(len(x), zeros.shape[-2 if flipped else -1])
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+
+        def compute(W: Tensor) -> Tensor:
+            out: Tensor = ctx.product(x.detach(), W.mT if ctx.flipped else W)
+            return out
+
+        return None, None, None, *pulled(compute, [x.new_zeros(ctx.shape)], [True], d)

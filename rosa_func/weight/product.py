@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rosa_func._torch import is_autocast, is_eager
 from rosa_func.weight.dense import Dense
-from rosa_func.weight.parts import Base, Weight, rebuilt, tensors
+from rosa_func.weight.parts import Base, Weight, dense, pulled, rebuilt, tensors
 
 
 def right(x: Tensor, w: Weight, bias: Tensor | None = None, *, flipped: bool) -> Tensor:
@@ -43,7 +43,10 @@ def batched(x: Tensor, w: Weight, flipped: bool) -> Tensor:
     """Return x[e] W[e] for each matrix of a batch; raises as `right`."""
     if not w.is_batch() or not _can_apply(w, len(w.shape)):
         raise NotImplementedError
-    out = _folded(w).apply(x, flipped, None)  # type: ignore[misc]
+    if any(term.apply is None for term in w.terms):
+        out = folded(torch.matmul, x, w._replace(flipped=flipped))
+    else:
+        out = _folded(w).apply(x, flipped, None)  # type: ignore[misc]
     return _with_applied(w, x, flipped, out)
 
 
@@ -51,12 +54,24 @@ def grouped(product: Callable[..., Tensor], x: Tensor, w: Weight) -> Tensor:
     """Return x W[e] for the rows x of each group e, by a product of groups; raises as `right`."""
     if not w.is_batch() or any(t.grouped is None and t.through is None for t in w.terms):
         raise NotImplementedError
-    R = _folded(w).dense()
-    out = product(x, R.mT if w.flipped else R)
+    out = folded(product, x, w)
     for term in w.terms:
         if term.grouped is not None:
             more = term.grouped(product, x, w.flipped)
             out = out.add_(more) if is_eager() else out + more
+    return out
+
+
+def folded(product: Callable[..., Tensor], x: Tensor, w: Weight, *others: Tensor) -> Tensor:
+    """Return product(x, R, *others), with the terms in R that can only be folded in.
+
+    Where there are such, R is not kept for a backward, but formed again.
+    """
+    terms = tuple(term for term in w.terms if term.apply is None)
+    w = w._replace(terms=terms)
+    if not terms or not is_eager() or is_autocast(x.device):
+        return product(x, dense(w), *others)
+    out: Tensor = _FormedAgain.apply(product, w, len(others), x, *others, *tensors(w))  # type: ignore[no-untyped-call]
     return out
 
 
@@ -152,3 +167,22 @@ class _InPlace(torch.autograd.Function):
             gradients += term.pull(x, d, inner, flipped, d_x, needed)  # type: ignore[misc]
             place = end
         return None, None, d.sum(0) if needs_bias else None, d_x, *gradients
+
+
+class _FormedAgain(torch.autograd.Function):
+    """The product with a weight that is formed for it, and once more in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, product: Any, w: Weight, others: int, x: Tensor, *rest: Tensor) -> Tensor:
+        def compute(x: Tensor, *rest: Tensor) -> Tensor:
+            out: Tensor = product(x, dense(rebuilt(w, rest[others:])), *rest[:others])
+            return out
+
+        ctx.compute = compute
+        ctx.save_for_backward(x, *rest)
+        return compute(x, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        found = pulled(ctx.compute, ctx.saved_tensors, ctx.needs_input_grad[3:], d)
+        return None, None, None, *found

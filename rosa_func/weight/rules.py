@@ -105,11 +105,16 @@ def _convolution(
     if groups != 1 or not _is_weight(w, x, bias) or w.weight.flipped:
         return NotImplemented
     base, terms = w.weight.base, w.weight.terms
-    if any(term.ndim != 2 or term.convolve is None for term in terms):
+    if any(t.ndim != 2 or (t.convolve is None and t.through is None) for t in terms):
         return NotImplemented
-    out = func(x, base.dense(), bias, stride, padding, dilation)
+
+    def convolution(x: Any, W: Any, bias: Any = None) -> Any:
+        return func(x, W, bias, stride, padding, dilation)
+
+    out = product.folded(convolution, x, w.weight, *(() if bias is None else (bias,)))
     for term in terms:
-        out = out + term.convolve(func, x, base.shape, stride, padding, dilation)
+        if term.convolve is not None:
+            out = out + term.convolve(func, x, base.shape, stride, padding, dilation)
     return out
 
 

@@ -41,7 +41,7 @@ class SparsePart(NamedTuple):
 
     @property
     def convolve(self) -> None:
-        """The dense weight is formed."""
+        """It is folded in."""
 
     @property
     def grouped(self) -> None:
@@ -73,7 +73,7 @@ class SparsePart(NamedTuple):
     def through(self, x: Tensor, R: Tensor, flipped: bool) -> Tensor:
         """Return x (R + S), or x (R + S)^T."""
         values = self.values
-        if is_autocast(x.device):
+        if is_autocast(x.device) and R.dtype != torch.float64:  # which autocast leaves alone
             dtype = torch.get_autocast_dtype(x.device.type)
             x, R, values = x.to(dtype), R.to(dtype), values.to(dtype)
         with without_autocast(x.device):
