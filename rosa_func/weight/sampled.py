@@ -16,15 +16,16 @@ from torch import Tensor
 # Tokens at a time: their transposes stay in a CPU's cache.
 _CHUNK = 256
 # Of the entries of a matrix. Above it the whole product is quicker than its entries one by one.
-_DENSEST = 0.1
+_DENSEST = 0.05
 
 
 def is_sampled(density: float, device: torch.device) -> bool:
     """Return whether entries of a product are to be computed one by one.
 
-    On a CPU the time of the entries is that of their number, and the whole product is quicker from
-    about a tenth of them on, for 128 tokens as for 4,096. On other devices it always is: a dense
-    product of one layer, and a gather.
+    On a CPU the time of the entries is that of their number: at 0.5% a fifth of that of the whole
+    product, at 5% half of it (768 x 3072, one thread, 128 to 2,048 tokens alike;
+    `python -m examples.benchmark.robust --parts products`). On other devices the whole product of
+    one layer is formed, and its entries gathered.
     """
     return device.type == "cpu" and density <= _DENSEST
 
