@@ -13,6 +13,14 @@ from rosa_func.weight.low_rank import low_rank
 from rosa_func.weight.parts import mapped
 from rosa_func.weight.probe import Probe
 
+_HOW = ("mean_square", "mean_abs")
+
+
+def check_how(how: str) -> None:
+    """Refuse another word for how gradients become scores."""
+    if how not in _HOW:
+        raise ValueError(f"how is one of {', '.join(_HOW)}, got {how!r}")
+
 
 def scored(
     model: nn.Module,
