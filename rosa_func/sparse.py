@@ -289,10 +289,11 @@ def begin(
 
     The published recipe is 64 steps of the factors alone, this, and then both, with two rates: 7e-4
     for the factors and 2e-4 for the values. It recommends to train from the pretrained weights
-    again, of which the first steps have found the support alone: pass them as `start`. Without, the
-    leaves of the state go on, and an optimizer of them is told of the new ones:
+    again, so that the first steps find the support and no more: pass them as `start`, and make a
+    new optimizer. Without, the leaves of the state go on, and their optimizer is told of the new:
 
-        optimizer.add_param_group(optim.groups(state, input=None, output=None, full=None, ...)[0])
+        values = [v for name, v in named_parameters(state).items() if name.endswith(".values")]
+        optimizer.add_param_group({"params": values, "lr": 2e-4})
 
     A sparse part that is there is merged, as by `move`.
 
