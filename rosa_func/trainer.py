@@ -118,10 +118,10 @@ class RobustCallback(TrainerCallback):
 
         state = sparse.add(state, sparse.support_random(state, density, key=0))
 
-    For `after` steps its values have no gradient. Then `sparse.begin` chooses as many places of
-    each weight as it has now, and the values train from zero. No tensor changes its shape, so
-    optimizers and DistributedDataParallel go on. A checkpoint has the support, and its step says
-    whether it was chosen, so a run that is resumed has the bits of the uninterrupted one.
+    For `after` steps the gradients of its values are zero. Then `sparse.begin` chooses as many
+    places of each weight as it has now, and the values train from zero. No tensor changes its
+    shape, so optimizers and DistributedDataParallel go on. A checkpoint has the support, and its
+    step says whether it was chosen, so a run that is resumed has the bits of the uninterrupted one.
 
     The key draws the rows of the training set that are scored, and their dropout. Of several
     processes the first scores, without autocast, and sends the places alone (see
@@ -202,12 +202,6 @@ class RobustCallback(TrainerCallback):
             for leaf in values.values():
                 hook: Any = leaf.register_hook(torch.zeros_like)  # type: ignore[no-untyped-call]
                 self._hooks.append(hook)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let the optimizer leave the values out, so that their moments begin when they do."""
-        if state.global_step < self.after:
-            for leaf in _values(_module_of(kwargs["model"])).values():
-                leaf.grad = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin when the steps are full."""

@@ -209,13 +209,13 @@ class TestRobustCallback:
         robust: bool = True,
         restart: bool = False,
         resume: bool = False,
-        dropout: float = 0.1,
         loss: Any = None,
+        last: TrainerCallback | None = None,
         save_strategy: str = "no",
         **options: Any,
     ) -> tuple[Any, RosaModule, Trainer]:
         """Train 6 steps; return the state that the module was made of, and the module."""
-        model = seeded(lambda: tiny_gpt2(dropout=dropout))
+        model = seeded(lambda: tiny_gpt2(dropout=0.1))
         start = rosa_func.init(model, 2, targets=["wte", "c_attn", "c_fc"], train="ln_f")
         start = sparse.add(start, sparse.support_random(start, 0.05, key=0))
         module = RosaModule(model, start)
@@ -237,6 +237,8 @@ class TestRobustCallback:
             chosen = start if restart else None
             loss = loss and getattr(trainer, loss)
             trainer.add_callback(RobustCallback(AFTER, batches=2, start=chosen, loss=loss))
+        if last:
+            trainer.add_callback(last)
         trainer.train(resume_from_checkpoint=resume)
         return start, module, trainer
 
@@ -261,12 +263,18 @@ class TestRobustCallback:
     def test_the_support_is_chosen_once_by_gradients_of_the_rows_after_the_first_steps(
         self, tmp_path: Path, loss: str | None
     ):
-        """The two batches hold all rows, so that the order of rows plays no part: 4 and 4."""
-        at = AtSteps()
-        smoothing = 0.5 if loss else 0.0
+        """Dropout is on, and draws from the key: the global random state stays as it is."""
+        at, states = AtSteps(), []
+
+        class AtBegin(TrainerCallback):
+            def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                states.append(torch.get_rng_state())
+
+        before, after = AtBegin(), AtBegin()
         start, _, trainer = self.run(
-            tmp_path, at, dropout=0.0, loss=loss, label_smoothing_factor=smoothing
+            tmp_path, at, before, last=after, loss=loss, label_smoothing_factor=0.5 if loss else 0.0
         )
+        assert all(map(torch.equal, states[::2], states[1::2]))
         sizes = {name: len(v["support"]) for name, v in start["fixed"].items()}
         for place, state in enumerate(at.states):
             values = [v for k, v in state["trainable"].items(True, True) if k[-1] == "values"]
@@ -278,8 +286,11 @@ class TestRobustCallback:
         rows = token_ids(8, 8)
         batches = [{"input_ids": rows[i], "labels": rows[i]} for i in order.split(4)]
         of_trainer = trainer.compute_loss if loss else (lambda m, batch: m(**batch).loss)
-        model = seeded(lambda: tiny_gpt2())
-        scores = sparse.scores(model, at.states[AFTER - 1], batches, of_trainer)
+        model = seeded(lambda: tiny_gpt2(dropout=0.1))
+        scores = seeded(
+            lambda: sparse.scores(model, at.states[AFTER - 1], batches, of_trainer),
+            rosa_func.fold_in(0, "scores"),
+        )
         expected = sparse.support(scores, 0.05)
         for name, places in expected.items():
             assert torch.equal(at.states[-1]["fixed", name, "support"], places)
