@@ -23,8 +23,8 @@ optim        groups with rates of their own; an optimizer that survives a resamp
 checkpoint   states and runs in safetensors files; the change alone
 export       to plain modules, and to and from adapters of peft
 module       a state as an nn.Module, for the Trainer and DistributedDataParallel
-trainer      resampling as a callback of the Trainer (the extra "trainer")
-distributed  a resample shared by several processes
+trainer      resampling and robust adaptation as callbacks of the Trainer (the extra "trainer")
+distributed  a resample, and a choice of support, shared by several processes
 """
 
 from importlib import import_module

@@ -8,10 +8,23 @@ from torch import Tensor
 
 from rosa_func.keys import canonical
 from rosa_func.patterns import matches_nothing, select
+from rosa_func.weight import Parts
+from rosa_func.weight.low_rank import low_rank
+from rosa_func.weight.sparse_part import sparse_part
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 Density = float | Mapping[str, float]
+
+
+def densities(parts: Parts) -> dict[str, float]:
+    """Return the densities of the sparse parts, by the weights that have one."""
+    found = {}
+    for name, w in parts.adapted().items():
+        if (part := sparse_part(w)) is not None:
+            *_, m, n = low_rank(w).shape
+            found[name] = part.support.shape[-1] / (m * n)
+    return found
 
 
 def budgets(shapes: Mapping[str, torch.Size], density: Density) -> dict[str, int]:

@@ -1,17 +1,20 @@
-"""A resample that several processes share, for DistributedDataParallel."""
+"""What several processes do to one state, for DistributedDataParallel."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from tensordict import TensorDict
-from torch import Tensor
+from torch import Tensor, nn
 
-from rosa_func import cycle, samplers
+from rosa_func import cycle, samplers, sparse
+from rosa_func._supports import Density
 from rosa_func.checkpoint import digest
 from rosa_func.samplers import Sampler
 from rosa_func.weight import Parts, read, write
 from rosa_func.weight.layout import Path, entries, from_entries, is_drawn
+from rosa_func.weight.sparse_part import sparse_part
 
 Entries = dict[Path, Tensor]
 
@@ -48,7 +51,7 @@ def resample(
         >>> state = rosa_func.init(torch.nn.Sequential(torch.nn.Linear(6, 4)), 2)
         >>> new = rosa_func.distributed.resample(state, 1)
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
+    if _is_alone(group):
         return cycle.resample(state, key, sampler=sampler)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     parts = read(state)
@@ -88,6 +91,80 @@ def resample(
     return write(parts._replace(frozen={**parts.frozen, **drawn}, full=full))
 
 
+def begin(
+    model: nn.Module,
+    state: TensorDict,
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+    density: Density | None = None,
+    *,
+    start: TensorDict | None = None,
+    how: str = "mean_square",
+    across: str = "weight",
+    group: dist.ProcessGroup | None = None,
+) -> TensorDict:
+    """Do `sparse.begin` in all processes of a group: the first scores, and sends the support.
+
+    A support is 4 bytes an entry of S. No gradient is sent, and the batches of the first process
+    alone count: the others do not look at theirs, and wait.
+
+    Args:
+        model: as in `sparse.begin`.
+        state: the state, the same in every process.
+        batches: as in `sparse.begin`.
+        loss: as in `sparse.begin`.
+        density: as in `sparse.begin`.
+        start: as in `sparse.begin`, the same in every process.
+        how: as in `sparse.begin`.
+        across: as in `sparse.begin`.
+        group: as in `resample`.
+
+    Returns:
+        The state to go on with, the same in every process.
+
+    Raises:
+        As `sparse.begin`, in the first process; the others raise a RuntimeError then, so that none
+        waits for ever.
+
+    Example:
+        >>> import rosa_func, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> state, batches = rosa_func.init(model, 2), [torch.ones(3, 6)]
+        >>> def loss(model, x):
+        ...     return model(x).square().mean()
+        >>> new = rosa_func.distributed.begin(model, state, batches, loss, 0.25)
+    """
+
+    def begun() -> TensorDict:
+        options: dict[str, Any] = {"start": start, "how": how, "across": across}
+        return sparse.begin(model, state, batches, loss, density, **options)
+
+    if _is_alone(group):
+        return begun()
+    is_first = dist.get_rank(group) == 0
+    source = 0 if group is None else dist.get_global_rank(group, 0)
+    support: dict[str, Tensor] = {}
+    failure: Exception | None = None
+    try:
+        weights = read(begun()).adapted() if is_first else {}
+        support = {n: part.support for n, w in weights.items() if (part := sparse_part(w))}
+    except Exception as error:  # raised below, once the others know of it
+        failure = error
+    known = {name: (places.dtype, places.shape) for name, places in support.items()}
+    news: list[Any] = [None if failure else known]
+    dist.broadcast_object_list(news, source, group)
+    if news[0] is None:
+        raise failure or RuntimeError(
+            f"the first process could not begin; this is rank {dist.get_rank(group)}"
+        )
+    adapted = read(state).adapted()
+    for name, (dtype, shape) in news[0].items():
+        if not is_first:
+            support[name] = torch.empty(shape, dtype=dtype, device=adapted[name].base.device)
+        dist.broadcast(support[name], source, group)
+    return sparse.move(state if start is None else start, support)
+
+
 def check_equal(state: TensorDict, group: dist.ProcessGroup | None = None) -> str:
     """Make sure that all processes have the same state, bit for bit, and return its hash.
 
@@ -115,3 +192,8 @@ def check_equal(state: TensorDict, group: dist.ProcessGroup | None = None) -> st
     if len(set(hashes)) > 1:
         raise RuntimeError(f"the processes have different states, by rank: {hashes}")
     return own
+
+
+def _is_alone(group: dist.ProcessGroup | None) -> bool:
+    """Return whether there is no other process to share with."""
+    return not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1

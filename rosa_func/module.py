@@ -107,6 +107,27 @@ class RosaModule(nn.Module):
             {path: self._table(path)[last] for path, (_, last) in self._slots.items()}
         )
 
+    @state.setter
+    def state(self, new: TensorDict) -> None:
+        """Take the values of a state with the same entries: the parameters stay the same objects.
+
+        Their gradients, and what an optimizer knows of them, stay too, and are for the caller to
+        drop where they are those of other values.
+        """
+        given = entries(new)
+        if other := set(_shapes(given).items()) ^ set(_shapes(entries(self.state)).items()):
+            raise ValueError(
+                "a RosaModule takes states whose entries have the names and shapes of its own, and "
+                f"{'.'.join(min(other)[0])} differs: make a RosaModule of this state"
+            )
+        for path, value in given.items():
+            table, last = self._table(path), self._slots[path][1]
+            if trains(path):
+                with torch.no_grad():
+                    table[last].copy_(value)
+            else:
+                table[last] = value.to(table[last].device)
+
     def resample(
         self,
         key: int,
@@ -149,16 +170,11 @@ class RosaModule(nn.Module):
                 optimizer.state.pop(parameter, None)
                 if slots[name]:
                     optimizer.state[parameter] = slots[name]
-        in_full = read(new).full
-        for path, value in entries(new).items():
-            table, last = self._table(path), self._slots[path][1]
-            if trains(path):
-                if path[1] not in in_full:
-                    table[last].grad = None
-                with torch.no_grad():
-                    table[last].copy_(value)
-            else:
-                table[last] = value
+        in_full = read(old).full
+        for name, parameter in leaves(old).items():
+            if name not in in_full:
+                parameter.grad = None
+        self.state = new
 
     def train(self, mode: bool = True) -> "RosaModule":
         """Set the mode, of the skeleton too."""
@@ -270,6 +286,11 @@ class RosaModule(nn.Module):
                 and not (old.numel() and new.numel())
             ):
                 table[last] = old.new_empty(new.shape)
+
+
+def _shapes(entries: dict[Path, Tensor]) -> dict[Path, torch.Size | None]:
+    """Return the shapes; None of what rounding took, which may have no elements."""
+    return {path: None if is_compensation(path) else t.shape for path, t in entries.items()}
 
 
 def _new(model_class: type[nn.Module]) -> RosaModule:

@@ -15,6 +15,7 @@ from rosa_func._supports import (
     at_random,
     budgets,
     checked,
+    densities,
     largest_of_all,
     largest_of_each,
     without_score,
@@ -262,3 +263,95 @@ def remove(state: TensorDict) -> TensorDict:
     if not new:
         raise ValueError("no weight of the state has a sparse part")
     return write(parts._replace(frozen={**parts.frozen, **new}))
+
+
+def move(state: TensorDict, support: Mapping[str, Tensor]) -> TensorDict:
+    """Put the sparse parts on another support; the function stays the same.
+
+        W = R + A B + S    becomes    W = R' + A B + S',    R' = R + S,    S' = 0
+
+    This is `add`, after `remove` where there is a sparse part.
+
+    Args:
+        state: a state of `init`, `resample` or `add`.
+        support: as in `add`. A weight that is not in it has no sparse part any more.
+
+    Returns:
+        A new state; all but the residuals and the sparse parts is the given one's own.
+
+    Raises:
+        ValueError, TypeError, KeyError: as `add` does.
+
+    Example:
+        >>> import rosa_func, torch
+        >>> state = rosa_func.init(torch.nn.Sequential(torch.nn.Linear(6, 4)), 2)
+        >>> state = rosa_func.sparse.move(state, {"0.weight": torch.tensor([0, 7, 23])})
+        >>> state = rosa_func.sparse.move(state, {"0.weight": torch.tensor([5, 6])})
+        >>> rosa_func.named_parameters(state)["0.weight.values"].shape
+        torch.Size([2])
+    """
+    return add(remove(state) if densities(read(state)) else state, support)
+
+
+def begin(
+    model: nn.Module,
+    state: TensorDict,
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+    density: Density | None = None,
+    *,
+    start: TensorDict | None = None,
+    how: str = "mean_square",
+    across: str = "weight",
+) -> TensorDict:
+    """Begin to train a sparse part, where gradients are largest after some low-rank steps.
+
+        support(scores(model, state, batches, loss), density),    added to `state` or to `start`
+
+    The published recipe is 64 steps of the factors alone, this, and then both, with two rates: 7e-4
+    for the factors and 2e-4 for the values. It recommends to train from the pretrained weights
+    again, so that the first steps find the support and no more: pass them as `start`, and make a
+    new optimizer. Without, the leaves of the state go on, and their optimizer is told of the new:
+
+        values = [v for name, v in named_parameters(state).items() if name.endswith(".values")]
+        optimizer.add_param_group({"params": values, "lr": 2e-4})
+
+    A sparse part that is there is merged, as by `move`.
+
+    Args:
+        model: as in `scores`.
+        state: the state after the low-rank steps.
+        batches: as in `scores`; those that come next, for instance.
+        loss: as in `scores`.
+        density: as in `support`; None for as many places as each weight has now.
+        start: the state to train from, such as that of `init` with the same key again. None for
+            `state` itself.
+        how: as in `scores`.
+        across: as in `support`.
+
+    Returns:
+        The state to go on with, S = 0 in it.
+
+    Raises:
+        ValueError: if density is None and there is no sparse part; or as `scores`, `support` and
+            `add` do.
+        TypeError, KeyError: as these do.
+
+    Source: Nikdan et al. 2024, "RoSA", section 4.2 and algorithm 1.
+
+    Example:
+        >>> import rosa_func, torch
+        >>> from rosa_func import optim, sparse
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> state, batches = rosa_func.init(model, 2), [torch.ones(3, 6), torch.zeros(3, 6)]
+        >>> def loss(model, x):
+        ...     return model(x).square().mean()
+        >>> # ... some steps of an optimizer of rosa_func.parameters(state), and then
+        >>> state = sparse.begin(model, state, batches, loss, 0.25, start=rosa_func.init(model, 2))
+        >>> groups = optim.groups(state, values={"lr": 2e-4})
+        >>> optimizer = torch.optim.AdamW(groups, lr=7e-4, weight_decay=0.0)
+    """
+    if density is None and not (density := densities(read(state))):
+        raise ValueError("density is None for the places of a sparse part, and the state has none")
+    found = support(scores(model, state, batches, loss, how=how), density, across=across)
+    return move(state if start is None else start, found)

@@ -1,6 +1,7 @@
 """What each process of tests/test_distributed.py does, under torchrun."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -110,6 +111,43 @@ def sent() -> list[str]:
     return sorted(set(kinds))
 
 
+def begun(rank: int) -> dict[str, object]:
+    """Begin a sparse part, each process with batches of its own; return what came of it."""
+    model = seeded(tiny_gpt2)
+    state = rosa_func.init(model, 2, targets=TARGETS)
+    looked_at: list[int] = []
+    dtypes: list[str] = []
+    broadcast = dist.broadcast
+
+    def batches(seed: int) -> Iterator[Tensor]:
+        for count in range(2):
+            looked_at.append(seed)
+            yield token_ids(4, 8, seed=2 * seed + count)
+
+    def noting(tensor: Tensor, *args: object) -> object:
+        dtypes.append(str(tensor.dtype))
+        return broadcast(tensor, *args)
+
+    dist.broadcast = noting
+    try:
+        new = distributed.begin(model, state, batches(rank), loss_of, 0.1, across="model")
+    finally:
+        dist.broadcast = broadcast
+    ours = list(looked_at)
+    alone = rosa_func.sparse.begin(model, state, batches(0), loss_of, 0.1, across="model")
+    try:
+        distributed.begin(model, state, [], loss_of, 0.1)
+    except (RuntimeError, ValueError) as error:
+        failure = f"{type(error).__name__}: {error}"
+    return {
+        "together": distributed.check_equal(new),
+        "alone": checkpoint.digest(alone),
+        "looked_at": ours,
+        "dtypes": sorted(set(dtypes)),
+        "failure": failure,
+    }
+
+
 def unequal(rank: int) -> str:
     state = rosa_func.init(torch.nn.Sequential(torch.nn.Linear(6, 6)), 2, key=rank)
     try:
@@ -138,6 +176,7 @@ if __name__ == "__main__":
     rank, size = dist.get_rank(), dist.get_world_size()
     results = train(rank, size) | {"failing": failing(rank), "unequal": unequal(rank)}
     results |= {"not_finite": not_finite(), "sent": sent()}
+    results["begun"] = begun(rank)
     results["of_other_parts"] = of_other_parts()
     torch.save(results, Path(sys.argv[1]) / f"{rank}.pt")
     dist.destroy_process_group()

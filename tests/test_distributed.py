@@ -84,6 +84,18 @@ class TestTwoProcesses:
         for process in processes:
             assert process["sent"] == ["torch.bfloat16", "torch.float32", "torch.float64"]
 
+    def test_a_support_is_found_by_the_first_process_and_sent_as_places(self, processes: Any):
+        """Masks that each process found from its own gradients differed."""
+        for rank, process in enumerate(processes):
+            begun = process["begun"]
+            assert begun["together"] == begun["alone"]
+            assert begun["looked_at"] == ([] if rank else [0, 0])
+            assert begun["dtypes"] == ["torch.int32"]
+        assert processes[0]["begun"]["failure"].startswith("ValueError: batches is empty")
+        assert processes[1]["begun"]["failure"] == (
+            "RuntimeError: the first process could not begin; this is rank 1"
+        )
+
     def test_check_equal_notices_different_states(self, processes: Any):
         assert all("different states" in process["unequal"] for process in processes)
 

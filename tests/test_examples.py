@@ -15,7 +15,7 @@ from collections.abc import Callable
 from graphlib import TopologicalSorter
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import pytest
@@ -301,7 +301,7 @@ def test_the_help_of_finetune_has_every_default(
 ):
     monkeypatch.setenv("COLUMNS", "300")
     options = run_example("finetune", "--help").out.split("\n  --")[1:]
-    assert len(options) == 21
+    assert len(options) == 26
     assert [text for text in options if "(default: " not in text or "None" in text] == []
 
 
@@ -586,3 +586,70 @@ def test_the_figure_of_quickstart_has_plain_numbers_and_marks_its_resamples(tmp_
     named = [text.get_text() for text in axes.get_legend().get_texts()]
     assert named == ["a", "b", "c", "resamples of c"]
     matplotlib.pyplot.close()
+
+
+ROBUST = {
+    "restarted": ["--rank", 2],
+    "goes-on": ["--rank", 2, "--no-restart"],
+    "resampled": ["--rank", 2, "--no-restart", "--resample-every", 3, "--moments", "project"],
+    "sparse-only": ["--rank", 0, "--sparse-after", 0],
+}
+
+
+@pytest.mark.parametrize("how", ROBUST)
+def test_finetune_robust_chooses_a_support_once_and_resumes_with_the_same_bits(
+    run_example: RunExample,
+    monkeypatch: pytest.MonkeyPatch,
+    data_folder: Path,
+    tmp_path: Path,
+    how: str,
+):
+    """Stopped right before and after the step that chooses; with dropout, and two rates."""
+    options = ["--method", "robust", "--density", 0.05, "--sparse-after", 2, "--score-batches", 2]
+    options += ["--rate", 0.01, "--sparse-rate", 0.02, "--save-every", 1, "--steps", 5, "--dev", 4]
+    start = options_of_a_step(data_folder, "none", *options, *ROBUST[how])
+    run = import_example("finetune").Run
+    begin_sparse, save, began = run.begin_sparse, run.save, []
+
+    def begin_and_count(self: Any, batches: Any) -> None:
+        began.append(self.step)
+        begin_sparse(self, batches)
+
+    def save_and_stop(self: Any, path: Path) -> None:
+        save(self, path)
+        if self.step == stop_at:
+            raise SystemExit(stop_at)
+
+    monkeypatch.setattr(run, "begin_sparse", begin_and_count)
+    monkeypatch.setattr(run, "save", save_and_stop)
+    results = []
+    for stop_at in (0, 2, 3):
+        out = tmp_path / str(stop_at)
+        assert run_example(*start, "--out", out).code == stop_at
+        kept, stop_at = stop_at, 0
+        assert not kept or run_example(*start, "--out", out, "--resume").code == 0
+        (file,) = out.glob("*.safetensors")
+        state, extra = checkpoint.load(file)
+        assert state["fixed", "transformer.h.0.mlp.c_fc.weight", "support"].shape == (51,)
+        assert state["trainable", "transformer.h.0.mlp.c_fc.weight", "values"].any()
+        assert [group["peak"] for group in extra["optimizer"]["param_groups"]] == [0.01, 0.01, 0.02]
+        results.append((state_bytes(state), checkpoint.digest(extra["best"]["weights"])))
+    assert results == results[:1] * 3
+    assert began == [0 if how == "sparse-only" else 2] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ("--rank 0 --method rosa", "argument --rank: 0"),
+        ("--rank 0 --method robust", "argument --sparse-after: with --rank 0"),
+        ("--steps 64 --method robust", "argument --sparse-after: 64 leaves none of 64 steps"),
+        ("--density 1.5", "argument --density: expected a number in (0, 1], got '1.5'"),
+    ],
+)
+def test_finetune_refuses_options_that_leave_nothing_to_train(
+    run_example: RunExample, options: str, complaint: str
+):
+    done = run_example("finetune", *options.split())
+    assert done.code == 2
+    assert complaint in done.err.splitlines()[-1]

@@ -1,7 +1,8 @@
-"""Fine-tune a causal language model on E2E or ELI5: full, LoRA or ROSA in one custom loop.
+"""Fine-tune a causal language model on E2E or ELI5: full, LoRA, ROSA or robust in one custom loop.
 
     python -m examples.finetune --task e2e --model gpt2 --method rosa --rank 16
     python -m examples.finetune --task e2e --data DIR --model smollm2 --method lora --rank 8
+    python -m examples.finetune --method robust --density 0.006 --rank 8 --sparse-after 64 --restart
 
 Prints perplexity, the exponential of the total negative log-likelihood over the total number of
 tokens, with dropout off and on the reference (the answer) only; the best step is chosen on dev and
@@ -11,12 +12,12 @@ another's files: with other options it needs another `--out`.
 """
 
 import argparse
-import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 import rosa_func
+from examples.finetune.log import Log
 from examples.finetune.options import (
     RATES,
     deciding,
@@ -64,6 +66,11 @@ def losses(forward: Forward, batch: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(logits[wanted].float(), batch["labels"][wanted], reduction="sum")
 
 
+def mean_loss(forward: Forward, batch: dict[str, Tensor]) -> Tensor:
+    """Return the mean negative log-likelihood of a reference's token, to train by."""
+    return losses(forward, batch) / (batch["labels"] != -100).sum()
+
+
 def evaluate(forward: Forward, examples: list[Example]) -> float:
     """Return the mean negative log-likelihood of a reference's token."""
     groups = tqdm(by_length(examples), "evaluate", leave=False)
@@ -89,11 +96,23 @@ class Run:
             except ValueError as error:  # a rank that some weight is too small for
                 sys.exit(str(error))
         self.model = rosa_func.skeleton(model)  # from here on the weights live in the state alone
-        self.trainable = rosa_func.count(self.state).trainable
-        parameters = rosa_func.parameters(self.state)
-        self.optimizer = torch.optim.AdamW(parameters, self.peak, weight_decay=0.0)
+        self.start = None
+        if args.method == "robust" and args.restart:  # from these; what is frozen is shared
+            self.start = self.state.replace(trainable=self.state["trainable"].clone())
+        self.optimizer = self.new_optimizer()
         self.step, self.seconds, self.cycle = 0, 0.0, 0
         self.best: dict[str, Any] = {"nll": math.inf, "step": 0, "weights": None}
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        """Return an optimizer of what the state trains, whose groups know their peak rates."""
+        groups = rosa_func.optim.groups(self.state, values={"peak": self.args.sparse_rate})
+        for group in groups:
+            group.setdefault("peak", self.peak)
+        return torch.optim.AdamW(groups, self.peak, weight_decay=0.0)
+
+    def trainable(self) -> int:
+        """Return how many values train."""
+        return rosa_func.count(self.state).trainable
 
     def computing(self) -> TensorDict:
         """Return the state that the model computes with, in the model's dtype."""
@@ -106,6 +125,17 @@ class Run:
         """Call the model with the state of the moment."""
         return rosa_func.call(self.model, self.computing(), *args, **kwargs)
 
+    def begin_sparse(self, batches: Iterator[dict[str, Tensor]]) -> None:
+        """Give the weights a sparse part where the loss of these batches has large gradients."""
+        self.state = rosa_func.sparse.begin(
+            self.model, self.state, batches, mean_loss, self.args.density, start=self.start
+        )
+        new = self.new_optimizer()
+        if self.args.restart:
+            self.optimizer, self.start = new, None
+        else:  # the factors are those that it has: their moments go on
+            self.optimizer.add_param_group(new.param_groups[-1])
+
     def resample(self) -> None:
         """Begin a cycle: the schedule goes on, the optimizer with it."""
         key = rosa_func.fold_in(self.args.seed, self.step)
@@ -114,17 +144,20 @@ class Run:
         rosa_func.optim.rebind(self.optimizer, self.state, new, moments=moments)
         self.state, self.cycle = new, self.cycle + 1
 
-    def train_step(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        """Take a step; return what is to be recorded of it."""
+    def train_step(self, batch: dict[str, Tensor], examples: list[Example]) -> dict[str, float]:
+        """Take a step; return what is to be recorded of it. Of the examples some are scored."""
         start, args = time.perf_counter(), self.args
-        every = args.resample_every if args.method == "rosa" else 0
+        self.model.train()
+        if args.method == "robust" and self.step == args.sparse_after:
+            stream = batches(examples, args.batch, args.seed, self.step)
+            self.begin_sparse(islice(stream, args.score_batches))
+        every = args.resample_every if args.method in ("rosa", "robust") else 0
         if every and self.step and self.step % every == 0:
             self.resample()
-        rate = rate_at(self.step, self.peak, args.warmup, args.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.model.train()
-        loss = losses(self.forward, batch) / (batch["labels"] != -100).sum()
+            group["lr"] = rate_at(self.step, group["peak"], args.warmup, args.steps)
+        rate = rate_at(self.step, self.peak, args.warmup, args.steps)
+        loss = mean_loss(self.forward, batch)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -160,38 +193,13 @@ class Run:
         """Go on where `save` was called, with the same bits."""
         self.state, saved = rosa_func.checkpoint.load(path)
         refuse_other(path, saved["options"], self.args)
-        parameters = rosa_func.parameters(self.state)
-        self.optimizer = torch.optim.AdamW(parameters, self.peak, weight_decay=0.0)
+        self.optimizer = self.new_optimizer()
         self.optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["random"])  # of dropout
         for name in PROGRESS:
             setattr(self, name, saved[name])
-
-
-class Log:
-    """JSON lines, and TensorBoard scalars where it is installed."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        """Keep the lines up to that step, which a resumed run does not repeat."""
-        self.path = path
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
-        kept = [line for line, r in whole if r["step"] <= step and r["event"] != "test"]
-        path.write_text("".join(kept))
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.writer = None
-        else:
-            self.writer = SummaryWriter(path.with_suffix(""), purge_step=step + 1)
-
-    def __call__(self, event: str, step: int, **fields: Any) -> None:
-        """Write a line."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({"event": event, "step": step, **fields}, default=str) + "\n")
-        for name, value in fields.items():
-            if self.writer and isinstance(value, float):
-                self.writer.add_scalar(f"{event}/{name}", value, step)
+        if self.step > self.args.sparse_after:
+            self.start = None
 
 
 def read_rows(args: argparse.Namespace) -> dict[str, list[tuple[str, str]]]:
@@ -212,7 +220,7 @@ def train(run: Run, splits: dict[str, list[Example]], log: Log, checkpoint: Path
     stream = batches(splits["train"], args.batch, args.seed, run.step)
     progress = tqdm(total=args.steps, initial=run.step, desc=label(args))
     while run.step < args.steps:
-        record = run.train_step(next(stream))
+        record = run.train_step(next(stream), splits["train"])
         log("train", run.step, **record)
         progress.set_postfix(
             loss=f"{record['nll']:.3f}",
@@ -240,7 +248,7 @@ def report(run: Run, test: list[Example], log: Log) -> None:
     nll = evaluate(forward, test)
     log("test", run.step, nll=nll, perplexity=math.exp(nll), best=best["step"], dev=best["nll"])
     print(
-        f"{label(run.args)}: {run.trainable:,} trainable values, {seconds:.2f} s/step, "
+        f"{label(run.args)}: {run.trainable():,} trainable values, {seconds:.2f} s/step, "
         f"best at step {best['step']}: dev perplexity {math.exp(best['nll']):.3f}, "
         f"test perplexity {math.exp(nll):.3f} (NLL {nll:.4f})\nlog: {log.path}"
     )
@@ -274,11 +282,11 @@ def main() -> None:
         set_aside(file, checkpoint)
     log = Log(file, run.step)
     if not run.step:
-        fields = {"peak": run.peak, "trainable": run.trainable, "torch": torch.__version__}
+        fields = {"peak": run.peak, "trainable": run.trainable(), "torch": torch.__version__}
         log("config", 0, **vars(args), **fields)
         log("dev", 0, nll=run.judge(splits["dev"]))
     at = f"dev NLL {run.best['nll']:.4f} at {run.best['step']}"
-    print(f"{label(args)}: {run.trainable:,} trainable values; {at}")
+    print(f"{label(args)}: {run.trainable():,} trainable values; {at}")
     train(run, splits, log, checkpoint)
     report(run, splits["test"], log)
 

@@ -33,6 +33,14 @@ def positive_number(text: str) -> float:
     return number
 
 
+def density(text: str) -> float:
+    """Read a share of the entries of a weight, in (0, 1]."""
+    number = positive_number(text)
+    if number > 1:
+        raise argparse.ArgumentTypeError(f"expected a number in (0, 1], got {text!r}")
+    return number
+
+
 def folder(text: str) -> Path:
     """Read the path of a folder, which need not be there yet but must be possible."""
     path = Path(text)
