@@ -118,7 +118,7 @@ def called(
         placed = _in_each_place(model, state)
         return functional_call(model, placed, args, kwargs, tie_weights=False), []
     with _alone(model):
-        found, names, weights, views = _fitted(model, read(state))
+        found, names, weights, views = _fitted(model, _parts(state))
         if "labels" in kwargs:
             _warn_if_nothing_trains(model, weights)
         copies = standing(found, names, weights)
@@ -159,7 +159,7 @@ def adapted(model: nn.Module, state: TensorDict) -> nn.Module:
         True
     """
     with _alone(model):
-        found, names, weights, _ = _fitted(model, read(state))
+        found, names, weights, _ = _fitted(model, _parts(state))
         copies = standing(found, names, weights)
     if copies is None:
         raise TypeError(
@@ -203,7 +203,7 @@ def bind(model: nn.Module, state: TensorDict) -> Iterator[nn.Module]:
         >>> torch.equal(y, rosa_func.call(model, state, x))
         True
     """
-    found, names, weights, _ = _fitted(model, read(state))
+    found, names, weights, _ = _fitted(model, _parts(state))
     with _bound(model, found, names, weights):
         yield model
 
@@ -240,6 +240,11 @@ def _shapes(parts: Parts) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in (parts.frozen | parts.full).items()}
 
 
+def _parts(state: TensorDict) -> Parts:
+    refuse_tracing()  # which reads shapes in a way of its own
+    return read(state)
+
+
 def _fitted(
     model: nn.Module, parts: Parts
 ) -> tuple[Places, dict[str, str], dict[str, Tensor], dict[str, Tensor]]:
@@ -247,7 +252,6 @@ def _fitted(
 
     Frozen tensors are views, so that the model's code may give them other data.
     """
-    refuse_tracing()
     found = places(model)
     names = modules.fit(type(model).__name__, found.shapes(), _shapes(parts))
     views = {name: t.view_as(t) for name, t in parts.frozen.items() if isinstance(t, Tensor)}

@@ -302,7 +302,7 @@ class TestRobustCallback:
 
         class Frozen(TrainerCallback):
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                optim.groups(kwargs["model"].state, sparse=None)
+                optim.groups(kwargs["model"].state, values=None)
 
         self.run(tmp_path / "alone", alone, Frozen(), robust=False, max_grad_norm=1e-3)
         for one, other in zip(at.states[:AFTER], alone.states, strict=False):
