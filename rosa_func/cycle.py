@@ -48,8 +48,8 @@ def init(
         model: any `nn.Module` with its weights in float16, bfloat16, float32 or float64. The
             factors of a 16-bit weight are float32, and so is what trains in full.
         r: the rank: an int, a fraction of min(m, n) in (0, 1) (rounded down, at least 1), or a
-            mapping from patterns to either, of which the first match counts. It may be left out
-            where nothing is adapted.
+            mapping from patterns to either, of which the first match counts. 0 is for a sparse
+            part alone (`rosa_func.sparse`). It may be left out where nothing is adapted.
         key: any int. Each weight draws from `fold_in(key, "init", name)`, so that a draw does
             not depend on what else is adapted; a matrix of a batch, from that and its place.
         sampler: how A and B are drawn from W, see `rosa_func.samplers`. The default is the

@@ -23,7 +23,7 @@ def named_parameters(state: TensorDict) -> dict[str, Tensor]:
 
     Raises:
         KeyError: if an entry of the state is missing (named).
-        ValueError: if a tensor that trains is not a leaf (named).
+        ValueError: if a tensor that trains is not a leaf (named), or nothing trains.
 
     Example:
         >>> import rosa_func, torch
@@ -36,6 +36,11 @@ def named_parameters(state: TensorDict) -> dict[str, Tensor]:
     """
     named = layout.leaves(state)
     refuse_computed(named)
+    if not any(leaf.numel() for leaf in named.values()):
+        raise ValueError(
+            "nothing in the state trains: its ranks are 0, so give it a sparse part, "
+            "rosa_func.sparse.add(state, support), or tensors in `train`"
+        )
     if not any(leaf.requires_grad for leaf in named.values()):
         for leaf in named.values():
             leaf.requires_grad_(True)

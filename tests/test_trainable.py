@@ -81,6 +81,12 @@ def test_the_count_of_an_adapted_weight_is_r_times_the_sum_of_its_sides(m, n, da
     assert counted.total == m * n + 5 * m + 1
 
 
+def test_a_state_that_trains_nothing_is_refused():
+    """It trained without an error, and nothing changed."""
+    with pytest.raises(ValueError, match=r"its ranks are 0.*sparse\.add"):
+        rosa_func.parameters(rosa_func.init(two_layers(), 0))
+
+
 def test_counts_add_up_to_the_leaves_and_to_the_model():
     model = seeded(tiny_gpt2)
     state = rosa_func.init(model, {"wte": 2, "*": 3}, targets=["wte", "c_attn"], train="*ln_*")
