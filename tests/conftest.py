@@ -1,7 +1,11 @@
 """The Hypothesis profile of the tests, the toy parts, and what is not collected."""
 
+import os
 import sys
 from collections.abc import Iterator
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core of its own, and so what it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 from hypothesis import Phase, settings
