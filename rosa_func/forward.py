@@ -23,7 +23,11 @@ from rosa_func._torch import (
     version,
 )
 from rosa_func.places import Places, places, standing, swapped
-from rosa_func.recomputing import recomputed_in, refuse_wrong_checkpointing
+from rosa_func.recomputing import (
+    recomputed_in,
+    refuse_wrong_checkpointing,
+    refusing_recomputation,
+)
 from rosa_func.weight import Parts, all_composed, read
 from rosa_func.weight.composed import as_dense, refuse_tracing
 
@@ -178,11 +182,6 @@ def bind(model: nn.Module, state: TensorDict) -> Iterator[nn.Module]:
     and a generator that was begun inside goes on with these. Not for two threads at once on one
     model.
 
-    A model whose own code calls `torch.utils.checkpoint`, without `recompute`, gets wrong gradients
-    from a backward pass after the block, often without an error: torch computes its segments again
-    with the weights that the model has then, and does not say beforehand that it will. Use `call`
-    or `adapted`, which are right there.
-
     Args:
         model: the model, or its `skeleton`.
         state: a state of `init` or `resample`.
@@ -192,7 +191,7 @@ def bind(model: nn.Module, state: TensorDict) -> Iterator[nn.Module]:
 
     Raises:
         KeyError, ValueError: as `call` does; and if the model, in training, uses gradient
-            checkpointing without `recompute`.
+            checkpointing without `recompute`: transformers', or torch.utils.checkpoint itself.
 
     Example:
         >>> import rosa_func, torch
@@ -283,10 +282,14 @@ def _bound(
     refuse_wrong_checkpointing(
         model, [(name, owners[index]) for name, index in found.checkpointing]
     )
-    if not are_transforms_off() and any(map(is_compiled, owners)):
+    compiled = any(map(is_compiled, owners))
+    if compiled and not are_transforms_off():
         weights = {name: as_dense(weight) for name, weight in weights.items()}
     swap = swapped(found, names, weights)
-    with recomputed_in(swap), swap:
+    watched = {slot.owner for slot in found.slots if not slot.is_buffer}
+    if compiled or not (model.training and torch.is_grad_enabled()):
+        watched = set()
+    with recomputed_in(swap), swap, refusing_recomputation(model, [owners[i] for i in watched]):
         yield
 
 

@@ -32,6 +32,65 @@ def gradients_of_leaves(
     return {name: leaf.grad for name, leaf in leaves(state).items()}
 
 
+class Checkpointed(nn.Module):
+    """A model that checkpoints a part of itself by its own code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 4)
+        self.inner = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 6))
+        self.checkpoints, self.options = True, {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.checkpoints:
+            x = checkpoint(lambda x: self.inner(x).tanh(), x, **self.options)
+        else:
+            x = self.inner(x).tanh()
+        return self.last(x)
+
+
+class TestModelsThatCheckpointByThemselvesInABind:
+    """6 of 10 gradients were None and the model's own were written, without an error."""
+
+    @pytest.mark.parametrize("train", [(), "inner.*"])  # composed weights, or plain tensors
+    @pytest.mark.parametrize(
+        "options", [{"use_reentrant": True}, {"use_reentrant": False}], ids=str
+    )
+    def test_it_is_refused_by_name(self, reentrant: bool, train: Any):
+        model = seeded(Checkpointed)
+        state = rosa_func.init(model, 2, train=train)
+        rosa_func.parameters(state)
+        model.options = {"use_reentrant": reentrant}
+        hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+        with rosa_func.bind(model, state), pytest.raises(ValueError, match=r"inner\.0 runs inside"):
+            model(randn(3, 6))
+        assert hooks == [len(module._forward_pre_hooks) for module in model.modules()]
+
+    def test_it_is_right_with_recompute(self):
+        model = seeded(Checkpointed)
+        state = rosa_func.init(model, 2, train="inner.1.*")
+        named, found = rosa_func.named_parameters(state), []
+        model.options = RECOMPUTE
+        for model.checkpoints in (False, True):
+            for leaf in named.values():
+                leaf.grad = None
+            with rosa_func.bind(model, state):
+                loss = model(randn(3, 6)).square().sum()
+            loss.backward()
+            found.append([leaf.grad for leaf in named.values()])
+        assert all(map(torch.equal, *found))
+        assert all(p.grad is None for p in model.parameters())
+
+    def test_it_is_let_through_where_nothing_is_recomputed(self):
+        model = seeded(Checkpointed)
+        state = rosa_func.init(model, 2)
+        model.options = {"use_reentrant": False}
+        with torch.no_grad(), rosa_func.bind(model, state):
+            y = model(randn(3, 6))
+        assert torch.equal(y, rosa_func.call(model, state, randn(3, 6)))
+
+
 class TestCheckpointedGradients:
     @pytest.mark.parametrize("bound", [False, True])
     @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -104,22 +163,8 @@ class TestCheckpointedGradients:
     ):
         """6 of 6 gradients were wrong or None, and the model's own were written."""
 
-        class Checkpointed(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 4)
-                self.inner = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 6))
-                self.checkpoints = True
-
-            def forward(self, x: Tensor) -> Tensor:
-                x = self.first(x)
-                if self.checkpoints:
-                    x = checkpoint(lambda x: self.inner(x).tanh(), x, use_reentrant=reentrant)
-                else:
-                    x = self.inner(x).tanh()
-                return self.last(x)
-
         model = seeded(Checkpointed).to(dtype)
+        model.options = {"use_reentrant": reentrant}
         state = rosa_func.init(model, 2, train="inner.1.*")
         named, x = rosa_func.named_parameters(state), randn(3, 6).to(dtype)
         found = []
