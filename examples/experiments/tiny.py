@@ -37,7 +37,7 @@ def shrink(experiment: plan.Experiment) -> plan.Experiment:
         m.name: [n.rank for n in experiment.methods if n.name == m.name] for m in experiment.methods
     }
     kept = {
-        m: m._replace(every=min(m.every, 2), rewarm=min(m.rewarm, 1))
+        m: m._replace(every=min(m.every, 2), rewarm=min(m.rewarm, 1), begin=min(m.begin, 1))
         for m in experiment.methods
         if m.rank in (at_most[m.name][0], at_most[m.name][-1])
     }
