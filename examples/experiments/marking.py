@@ -22,8 +22,8 @@ COLOURS = {  # by what trains, or by sampler, and whether it is resampled
     ("importance", True): "#a6a300",
     ("haar", False): "#b2df8a",
     ("antisymmetric", False): "#fb9a99",
-    ("top", False): "#999999",
-    ("bottom", False): "#e69f00",
+    ("top", False): "#bdbdbd",
+    ("bottom", False): "#fdbf6f",
     ("sparse", False): "#7b3294",
     ("robust", False): "#008837",
     ("robust", True): "#1b9e77",
@@ -42,13 +42,16 @@ class End(NamedTuple):
     colour: str
 
 
+def kind(method: Method) -> tuple[str, bool]:
+    """Return what has a colour: the sparse part or the sampler, and whether it is resampled."""
+    sparse = "robust" if method.rank else "sparse"
+    sparse = "random support" if method.support == "random" else sparse
+    return sparse if method.budget else method.sampler, bool(method.every)
+
+
 def colour(method: Method) -> str:
-    """Return the colour of a method: that of its sparse part or its sampler, resampled or not."""
-    kind = method.sampler
-    if method.budget:
-        kind = "robust" if method.rank else "sparse"
-        kind = "random support" if method.support == "random" else kind
-    return COLOURS.get((kind, bool(method.every)), "black")
+    """Return the colour of a method."""
+    return COLOURS.get(kind(method), "black")
 
 
 def name(method: Method, results: list[Result]) -> str:
