@@ -19,6 +19,11 @@ METHODS = [
     plan.Method("aligned", "aligned", rank=2, every=3, moments="keep", train="output"),
     plan.Method("importance", "importance", rank=2, every=2, growth=2.0, moments="project"),
     plan.Method("all to the input", "random", rank=2, every=3, share=1.0, rewarm=2),
+    plan.Method("sparse only", "lora", budget=2),
+    plan.Method("robust", "lora", rank=1, budget=2, begin=2),
+    plan.Method("robust, resampled", "random", rank=1, budget=2, begin=2, every=3),
+    plan.Method("robust, restarted", "lora", rank=1, budget=2, begin=2, restart=True),
+    plan.Method("random support", "lora", rank=1, budget=2, begin=2, support="random"),
 ]
 SETTING = {"steps": 7, "tune_steps": 3, "warmup": 2, "eval_every": 3}
 

@@ -315,7 +315,7 @@ def test_a_figure_has_a_finding_of_its_own_as_title(name):
 
 def test_each_method_has_one_colour_in_all_figures():
     methods = [method for name in plan.names() for method in plan.load(name).methods]
-    colours = {marking.colour(m): (m.sampler, bool(m.every)) for m in methods}
+    colours = {marking.colour(m): marking.kind(m) for m in methods}
     assert len(set(marking.COLOURS.values())) == len(marking.COLOURS)
     assert set(colours.values()) == set(marking.COLOURS)
     assert "black" not in colours

@@ -139,3 +139,22 @@ class TestDraws:
         S = torch.linalg.svdvals(W)[:3].flip(0)
         side = A2.norm(dim=0) if dim == 0 else B2.norm(dim=1)
         assert torch.allclose(side, S**share)
+
+    def test_random_directions_have_singular_values_of_the_weight_shared_equally(self):
+        W = randn(8, 6, dtype=torch.float64)
+        A, B = draws.haar(W, 3, self.site())
+        S, found = torch.linalg.svdvals(W), torch.linalg.svdvals(A @ B)[:3]
+        chosen = [(S - value).abs().argmin() for value in found]
+        assert len({int(i) for i in chosen}) == 3
+        assert torch.allclose(S[torch.stack(chosen)], found)
+        assert torch.allclose(A.norm(dim=0), B.norm(dim=1))
+        U = torch.linalg.svd(W)[0]
+        assert ((U.T @ A).abs() > 1e-3).all()  # and none of its directions
+
+    def test_both_signs_have_the_norms_of_random_and_no_product(self):
+        W = randn(8, 6)
+        A, B = draws.antisymmetric(W, 4, self.site())
+        C, D = samplers.random(W, 2, self.site())
+        assert (A @ B).abs().max() < 4 * torch.finfo(W.dtype).eps * W.norm()
+        assert torch.equal(A.norm(dim=0), C.norm(dim=0).repeat(2))
+        assert torch.equal(B.norm(dim=1), D.norm(dim=1).repeat(2))

@@ -6,9 +6,9 @@
     python -m examples.experiments tiny [NAME ...]
 
 `run` goes on where it was stopped, however it was stopped. DIR has the folders e2e, eli5 and glue
-(train, dev and test.jsonl each), gsm8k (train.jsonl) and gpt2_tokenizer; without --data they come
-from the Hub, gsm8k excepted. `tiny` runs experiments in a few steps, on data and models that it
-makes in a temporary folder.
+(train, dev and test.jsonl each), gsm8k (train and test.jsonl) and gpt2_tokenizer; without --data
+they come from the Hub, gsm8k excepted. `tiny` runs experiments in a few steps, on data and models
+that it makes in a temporary folder.
 """
 
 import argparse
@@ -50,9 +50,14 @@ def main() -> None:
     )
     parser.add_argument("--experiments", type=Path, default=plan.SPECS, help="of the TOML files")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time")
+    parser.add_argument(
+        "--cores", type=int, default=0, help="that all jobs share (default: the machine's)"
+    )
     args = parser.parse_args()
     if args.jobs < 1:
         parser.error(f"--jobs is a positive number of cells, got {args.jobs}")
+    if args.cores < 0:
+        parser.error(f"--cores is a number of cores, or 0 for the machine's, got {args.cores}")
 
     def loaded(names: list[str]) -> list[plan.Experiment]:
         found = [plan.load(name, args.experiments) for name in names]
@@ -69,7 +74,7 @@ def main() -> None:
         left = runner.unfinished(loaded(args.names), args.results)
         needs.check(left, args.data)
         for experiment in left:
-            runner.run(experiment, args.data, args.cache, args.results, args.jobs)
+            runner.run(experiment, args.data, args.cache, args.results, args.jobs, args.cores)
     elif args.command == "tiny":
         names = args.names or plan.names(args.experiments)
         tiny([plan.load(name, args.experiments) for name in names], args.jobs)

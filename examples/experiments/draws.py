@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rosa_func.samplers import Sampler, Site
+from rosa_func.samplers import Sampler, Site, random
 
 
 def aligned(gradients: Mapping[str, Tensor]) -> Sampler:
@@ -44,6 +44,29 @@ def importance(gradients: Mapping[str, Tensor]) -> Sampler:
         return U[:, chosen] * root, root[:, None] * Vh[chosen]
 
     return sampler
+
+
+def haar(W: Tensor, r: int, site: Site) -> tuple[Tensor, Tensor]:
+    """As `random`, in directions that have nothing to do with W.
+
+    A = P sqrt(S),  B = sqrt(S) Q^T,  P, Q random orthonormal,  S r singular values of W
+    """
+    S = torch.linalg.svdvals(W)
+    order = torch.randperm(len(S), generator=site.generator)
+    root = S[order[:r].to(S.device)].sqrt()
+    P, Q = (
+        torch.linalg.qr(torch.randn(size, r, generator=site.generator).to(W))[0] for size in W.shape
+    )
+    return P * root, root[:, None] * Q.T
+
+
+def antisymmetric(W: Tensor, r: int, site: Site) -> tuple[Tensor, Tensor]:
+    """Factors of `random`'s norms whose product is zero: r / 2 directions, with both signs.
+
+    A = [A', A'],  B = [B'; -B'],  A' and B' of `random` at rank r / 2
+    """
+    A, B = random(W, r // 2, site)
+    return torch.cat([A, A], 1), torch.cat([B, -B])
 
 
 def shared(sampler: Sampler, share: float) -> Sampler:

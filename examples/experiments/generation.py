@@ -1,4 +1,4 @@
-"""Generation for E2E: beam search on the merged model, scored against all references of an MR."""
+"""Generation for E2E: texts of the merged model, scored against all references of an MR."""
 
 import random
 from collections import defaultdict
@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import sacrebleu
-import torch
 from nltk.translate.nist_score import corpus_nist
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from transformers import PreTrainedTokenizerBase
 
+from examples.experiments.decoding import generate
 from examples.experiments.task import Metrics
 from examples.shared.text import load_rows
 
@@ -29,32 +29,6 @@ def score(
     chosen = random.Random(0).sample(sorted(references), setting["generate"])
     texts = generate(model.eval(), tokenizer, chosen, setting)
     return metrics(texts, [references[mr] for mr in chosen])
-
-
-@torch.no_grad()
-def generate(
-    model: Any, tokenizer: PreTrainedTokenizerBase, mrs: list[str], setting: dict[str, Any]
-) -> list[str]:
-    """Return the best of the beams for each MR."""
-    tokenizer.padding_side, texts = "left", []
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    for start in range(0, len(mrs), 32):
-        prompts = [f"{mr}\n" for mr in mrs[start : start + 32]]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-        ids = model.generate(
-            input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
-            max_new_tokens=setting["length"] // 2,
-            num_beams=setting["beams"],
-            do_sample=False,
-            early_stopping=True,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        written = ids[:, inputs.input_ids.shape[1] :]
-        texts += [text.strip() for text in tokenizer.batch_decode(written, True)]
-    return texts
 
 
 def metrics(texts: list[str], references: list[list[str]]) -> Metrics:

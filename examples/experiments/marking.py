@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from examples.experiments.outcomes import Result
 from examples.experiments.plan import Method
 
-COLOURS = {  # by sampler, and whether it is resampled
+COLOURS = {  # by what trains, or by sampler, and whether it is resampled
     ("full", False): "#444444",
     ("lora", False): "#d55e00",
     ("lora", True): "#8c510a",
@@ -20,6 +20,14 @@ COLOURS = {  # by sampler, and whether it is resampled
     ("top", True): "#999999",
     ("aligned", True): "#6a3d9a",
     ("importance", True): "#a6a300",
+    ("haar", False): "#b2df8a",
+    ("antisymmetric", False): "#fb9a99",
+    ("top", False): "#bdbdbd",
+    ("bottom", False): "#fdbf6f",
+    ("sparse", False): "#7b3294",
+    ("robust", False): "#008837",
+    ("robust", True): "#1b9e77",
+    ("random support", False): "#c2a5cf",
 }
 APART = 0.058  # of the height of an axis: what two lines of small text need
 DASHES = {1: ":", 2: ":", 4: "--", 8: "-.", 16: "-"}  # by rank, where a figure has several
@@ -34,9 +42,16 @@ class End(NamedTuple):
     colour: str
 
 
+def kind(method: Method) -> tuple[str, bool]:
+    """Return what has a colour: the sparse part or the sampler, and whether it is resampled."""
+    sparse = "robust" if method.rank else "sparse"
+    sparse = "random support" if method.support == "random" else sparse
+    return sparse if method.budget else method.sampler, bool(method.every)
+
+
 def colour(method: Method) -> str:
-    """Return the colour of a method: that of its sampler, resampled or not."""
-    return COLOURS.get((method.sampler, bool(method.every)), "black")
+    """Return the colour of a method."""
+    return COLOURS.get(kind(method), "black")
 
 
 def name(method: Method, results: list[Result]) -> str:

@@ -35,6 +35,7 @@ def files(setting: dict[str, Any]) -> dict[str, str]:
             if corpus in ("eli5", "gsm8k"):  # the others are Python's own
                 found[f"{corpus}/train.jsonl"] = f"its base model, {of}, is trained on it"
         found["gpt2_tokenizer/tokenizer.json"] = f"its base model, {of}, has a part of it"
-    splits = {"glue": ("train", "dev"), "e2e": setting["rows"], "eli5": setting["rows"]}
+    splits = {"glue": ("train", "dev"), "gsm8k": ("train", "test")}
+    splits |= dict.fromkeys(("e2e", "eli5"), tuple(setting["rows"]))
     folder = f"glue/{name}" if kind == "glue" else kind
     return found | {f"{folder}/{split}.jsonl": "its data" for split in splits.get(kind, ())}

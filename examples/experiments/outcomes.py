@@ -48,7 +48,7 @@ def gather(experiment: plan.Experiment, results: Path) -> list[Result]:
             continue
         searched = len(experiment.rates) > 1
         mark = "=" if cell.method in experiment.like else "*" if cell.rate in ends_of_grid else ""
-        cost = costs.get(cell.method._replace(length=1.0), {})
+        cost = costs.get(cell.method.timed, {})
         full = costs.get(plan.FULL, {})
         new = Result(cell.method, cell.rate, mark if searched else "", {}, cost, full)
         by_method.setdefault(cell.method, new).runs[cell.seed] = cells[cell.key]

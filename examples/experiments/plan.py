@@ -33,12 +33,23 @@ class Method(NamedTuple):
     ratio: float = 1.0  # rate of the output side over that of the input side
     solve: bool = False  # each cycle by its exact minimum (linear regression only)
     length: float = 1.0  # of a published run, as a multiple of the setting's steps
+    budget: int = 0  # train as many values as factors of that rank: what those of `rank` leave is
+    # sparse, of one density in all weights; 0 for factors alone
+    support: str = "gradient"  # where the sparse values are: its largest squares, or "random"
+    begin: int = 0  # steps of the factors alone, before the support is chosen
+    restart: bool = False  # from the first weights and factors, once it is
+    values: float = 1.0  # rate of the sparse values over that of the input side
 
     @property
     def label(self) -> str:
         """Return the name with the rank and the length, where there is one."""
-        length = "" if self.length == 1 else f", {self.length:g} x steps"
+        length = "" if self.length in (0, 1) else f", {self.length:g} x steps"
         return f"{self.name}{f' r={self.rank}' if self.rank else ''}{length}"
+
+    @property
+    def timed(self) -> "Method":
+        """Return what is timed in its place: all that it trains, from the first step on."""
+        return self._replace(length=1.0, begin=0, restart=False)
 
 
 FULL = Method("full", "full")
@@ -114,6 +125,11 @@ def load(name: str, folder: Path = SPECS) -> Experiment:
             method = Method(**options, rank=rank)
             methods.append(method)
             start[method] = entry.get("start", rates[len(rates) // 2])
+            if method.support not in ("gradient", "random") or 0 < method.budget <= rank:
+                raise SystemExit(
+                    f"{path}: {method.label} has a support by {method.support!r} and a budget of "
+                    f"{method.budget}: it is by 'gradient' or 'random', the budget above the rank"
+                )
             if start[method] not in rates:
                 raise SystemExit(f"{path}: {method.label} starts at a rate beside {rates}")
             if "times" in entry and "like" not in entry:
@@ -238,7 +254,7 @@ def costs(experiment: Experiment) -> list[Cell]:
     Their seed is the round. Full fine-tuning is among them, for it is what times are told by. They
     are the file's own: with another method beside them they are other cells, timed together.
     """
-    methods = [m._replace(length=1.0) for m in experiment.methods if not m.solve]
+    methods = [m.timed for m in experiment.methods if m.length and not m.solve]
     if not methods:
         return []
     methods = list(dict.fromkeys([FULL, *methods]))

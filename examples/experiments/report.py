@@ -29,6 +29,7 @@ NAMES = {
     "matthews": "Matthews",
     "f1": "F1",
     "spearman": "Spearman",
+    "exact_match": "exact match",
 }
 
 COLUMNS = """\
@@ -122,7 +123,8 @@ def _how_run(result: Result) -> list[str]:
     """Return the trained values, the rate, the number of seeds, the memory and the time."""
     diverged = len(result.runs) - len(result.ends())
     n = f"{len(result.ends())}{f' ({diverged} diverged)' if diverged else ''}"
-    rate = "" if result.method.solve else f"{result.rate:g}{result.mark}"
+    steps = result.method.length and not result.method.solve
+    rate = f"{result.rate:g}{result.mark}" if steps else ""
     peaks = [cost["peak_mib"] for cost in result.costs.values()]
     peak = f"{median(peaks):.0f}" if peaks else ""
     ratio = time_ratio(result)

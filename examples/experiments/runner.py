@@ -35,9 +35,19 @@ def unfinished(experiments: list[plan.Experiment], results: Path) -> list[plan.E
 
 
 def run(
-    experiment: plan.Experiment, data: Path | None, cache: Path, results: Path, jobs: int
+    experiment: plan.Experiment,
+    data: Path | None,
+    cache: Path,
+    results: Path,
+    jobs: int,
+    cores: int = 0,
 ) -> None:
-    """Run until nothing is due. A kill loses the cells that were under way, and only these."""
+    """Run until nothing is due. After a kill, cells that were under way go on or start again.
+
+    They go on from their last checkpoint, which they write some minutes apart. `cores` are those
+    that all jobs share; 0 stands for the machine's.
+    """
+    cores = cores or os.cpu_count() or 1
     kind, _, name = experiment.setting.get("model", "").partition(":")
     if kind == "base":  # once, before the processes that would each make it
         base.cached(name, data, cache)
@@ -61,7 +71,7 @@ def run(
                 waiting = [c for c in due if c.key not in now and c.key not in failed]
                 while waiting and len(running) < (jobs if waiting[0].phase != "cost" else 1):
                     cell = waiting.pop(0)
-                    threads = max(1, (os.cpu_count() or 1) // (1 if cell.phase == "cost" else jobs))
+                    threads = max(1, cores // (1 if cell.phase == "cost" else jobs))
                     # A fresh process for each cell, so that its peak memory is its own.
                     arguments = (cell, data, cache, under_way, steps, threads)
                     process = context.Process(target=_work, args=arguments)
@@ -126,13 +136,14 @@ def _work(
     def load() -> task.Task:
         return tasks.load(cell.setting, cell.seed, data, cache)
 
-    path = folder / f"{cell.key}.jsonl"
+    path, checkpoint = (folder / f"{cell.key}{suffix}" for suffix in (".jsonl", ".safetensors"))
     path.unlink(missing_ok=True)  # so that a worker of a killed runner writes to no file of ours
     with path.open("w", encoding="utf-8") as file:
-        for line in training.run(cell, load, tick):
+        for line in training.run(cell, load, tick, checkpoint):
             check_runner()
             file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
             file.flush()
+    checkpoint.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:

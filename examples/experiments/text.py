@@ -1,4 +1,4 @@
-"""Language modelling: E2E and ELI5 (the reference given the prompt), source code (every token)."""
+"""Language modelling: E2E, ELI5, GSM8k (the reference given the prompt), code (every token)."""
 
 import math
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import rosa_func
-from examples.experiments import base, corpora
+from examples.experiments import base, corpora, gsm8k
 from examples.experiments.task import Forward, Metrics, Task, digest
 from examples.shared import text as shared
 from examples.shared.caching import made_once
@@ -22,7 +22,7 @@ Examples = list[shared.Example]
 
 
 def load(kind: str, setting: dict[str, Any], data: Path | None, cache: Path) -> Task:
-    """Return the task e2e, eli5 or code with the model of the setting."""
+    """Return the task e2e, eli5, gsm8k or code with the model of the setting."""
     model, tokenizer = load_model(setting["model"], data, cache)
     splits = {
         split: examples(kind, split, setting, tokenizer, data, cache) for split in setting["rows"]
@@ -31,7 +31,8 @@ def load(kind: str, setting: dict[str, Any], data: Path | None, cache: Path) -> 
     if setting.get("generate"):
         from examples.experiments import generation
 
-        generate = partial(generation.score, tokenizer=tokenizer, setting=setting, data=data)
+        scored = (gsm8k if kind == "gsm8k" else generation).score
+        generate = partial(scored, tokenizer=tokenizer, setting=setting, data=data)
 
     def batches(seed: int) -> Iterator[Batch]:
         return shared.batches(splits["train"], setting["batch"], seed, 0)
@@ -82,6 +83,8 @@ def examples(
         blocks = base.cached_blocks(corpora.source(split), tokenizer, length, cache)
         order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
         return [(row[:1], row[1:]) for row in blocks[order[: size or None]].tolist()]
+    if kind == "gsm8k":
+        return shared.encode(gsm8k.rows(split, data)[: size or None], tokenizer, length)
     rows = shared.load_rows(kind, split, None if data is None else data / kind)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     return shared.encode([rows[i] for i in order[: size or None]], tokenizer, length)

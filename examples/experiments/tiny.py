@@ -30,14 +30,14 @@ def shrink(experiment: plan.Experiment) -> plan.Experiment:
         model = setting["model"]
         setting["model"] = MODELS.get(model, "base:tiny")
     if "generate" in setting:
-        setting |= {"generate": 3, "beams": 2}
+        setting |= {"generate": 3, "beams": min(2, setting["beams"])}
     if "widths" in setting:
         setting |= {"widths": [40, 30, 26], "batch": 20}
     at_most = {
         m.name: [n.rank for n in experiment.methods if n.name == m.name] for m in experiment.methods
     }
     kept = {
-        m: m._replace(every=min(m.every, 2), rewarm=min(m.rewarm, 1))
+        m: m._replace(every=min(m.every, 2), rewarm=min(m.rewarm, 1), begin=min(m.begin, 1))
         for m in experiment.methods
         if m.rank in (at_most[m.name][0], at_most[m.name][-1])
     }
@@ -70,6 +70,9 @@ def make(folder: Path) -> None:
         write(f"e2e/{split}.jsonl", [{"mr": mr, "ref": text()} for mr in mrs for _ in range(3)])
         rows = [{"question": text(), "answer": f"{text()} {text()}"} for _ in range(80)]
         write(f"eli5/{split}.jsonl", rows)
+    for split in ("train", "test"):
+        sums = [f"{text()} {n} + {n} = {2 * n}\n#### {2 * n}" for n in range(80)]
+        write(f"gsm8k/{split}.jsonl", [{"question": text(), "answer": sum} for sum in sums])
     for task in ("CoLA", "SST-2", "MRPC", "STS-B"):
         for split in ("train", "dev"):
             labels = [source.random() * 5 if task == "STS-B" else i % 2 for i in range(70)]

@@ -5,6 +5,8 @@ import platform
 import time
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from itertools import islice
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -14,6 +16,7 @@ from tensordict import TensorDict
 from torch import nn
 
 import rosa_func
+from examples.experiments import resuming
 from examples.experiments.adapting import Adaptation, cycle_starts
 from examples.experiments.plan import Cell
 from examples.experiments.records import Line
@@ -26,32 +29,52 @@ WARM_UP = 3  # steps of a cost cell that are not timed
 
 
 def run(
-    cell: Cell, load: Callable[[], Task], tick: Callable[[], None] = lambda: None
+    cell: Cell,
+    load: Callable[[], Task],
+    tick: Callable[[], None] = lambda: None,
+    checkpoint: Path | None = None,
 ) -> Iterator[Line]:
-    """Yield the lines of a cell; `tick` is called after each step."""
-    lines = cost(cell, load, tick) if cell.phase == "cost" else trained(cell, load, tick)
+    """Yield the lines of a cell; `tick` is called after each step.
+
+    A cell that trains goes on from its checkpoint, if it is there; the lines come from the first.
+    """
+    if cell.phase == "cost":
+        lines = cost(cell, load, tick)
+    else:
+        lines = trained(cell, load, tick, checkpoint)
     for line in lines:
         yield {"cell": cell.key, **line}
 
 
-def trained(cell: Cell, load: Callable[[], Task], tick: Callable[[], None]) -> Iterator[Line]:
+def trained(
+    cell: Cell, load: Callable[[], Task], tick: Callable[[], None], checkpoint: Path | None
+) -> Iterator[Line]:
     """Train; score dev as often as the setting says, and test once where it is published."""
-    setting = cell.setting
+    setting, method = cell.setting, cell.method
     task = load()
-    yield {"event": "start", **_described(cell, task)}
     run = Adaptation(task, cell)
-    stream, seconds, loss = task.batches(cell.seed), 0.0, 0.0
-    best, kept = math.inf, run.state
-    resamples = set(cycle_starts(cell.method, cell.steps))
+    at = resuming.load(checkpoint, run, {"event": "start", **_described(cell, task)})
+    lines, seconds, loss, best, kept = list(at.lines), at.seconds, at.loss, at.best, at.kept
+    yield from lines
+    for _ in range(at.step):
+        tick()
+    stream = islice(task.batches(cell.seed), at.step, None)
+    saved = time.monotonic()
+    resamples = set(cycle_starts(method, cell.steps))
     rate = schedule(cell, resamples)
-    for step in range(cell.steps + 1):
+    for step in range(at.step, cell.steps + 1):
         if step == cell.steps or step % setting["eval_every"] == 0:
+            if checkpoint and step > at.step and time.monotonic() - saved >= resuming.EVERY:
+                done = resuming.Progress(step, seconds, loss, best, kept, lines)
+                resuming.save(checkpoint, run, done)
+                saved = time.monotonic()
             metrics: dict[str, Any] = dict(run.evaluate("dev"))
             loss += metrics["loss"]
             if math.isfinite(loss):
                 if setting.get("spectrum") and cell.phase == "final":
                     metrics |= spectrum(task.model, run.state)
-                yield {"event": "dev", "step": step, "seconds": seconds, **metrics}
+                lines.append({"event": "dev", "step": step, "seconds": seconds, **metrics})
+                yield lines[-1]
                 if metrics["loss"] < best:
                     best, kept = metrics["loss"], run.snapshot()
         if not math.isfinite(loss):
@@ -60,13 +83,16 @@ def trained(cell: Cell, load: Callable[[], Task], tick: Callable[[], None]) -> I
         if step == cell.steps:
             break
         start = time.perf_counter()
+        if method.budget and step == method.begin > 0:
+            run.begin(step)
         if step in resamples:
             run.resample(step)
         loss = run.train(next(stream), rate(step))
         seconds += time.perf_counter() - start
         tick()
-    end = {"event": "end", "trainable": run.trainable, "seconds": seconds, "steps": step}
-    end |= {"cycles": 1 + len(resamples), "best": best if math.isfinite(loss) else None}
+    end = {"event": "end", "trainable": run.trainable if cell.steps else 0}
+    end |= {"seconds": seconds, "steps": step, "cycles": 1 + len(resamples)}
+    end["best"] = best if math.isfinite(loss) else None
     if cell.phase == "final" and math.isfinite(loss):
         run.state = kept
         end["test"] = run.evaluate("test")  # the one time that it is touched
@@ -134,7 +160,7 @@ def spectrum(model: nn.Module, state: TensorDict) -> dict[str, Any]:
 
 def _described(cell: Cell, task: Task) -> dict[str, Any]:
     """Return what a reader of the line needs to run the cell again."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     versions["transformers"] = transformers.__version__
     return {
         "method": cell.method._asdict(),
