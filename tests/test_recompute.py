@@ -54,9 +54,7 @@ class TestModelsThatCheckpointByThemselvesInABind:
     """6 of 10 gradients were None and the model's own were written, without an error."""
 
     @pytest.mark.parametrize("train", [(), "inner.*"])  # composed weights, or plain tensors
-    @pytest.mark.parametrize(
-        "options", [{"use_reentrant": True}, {"use_reentrant": False}], ids=str
-    )
+    @pytest.mark.parametrize("reentrant", [True, False])
     def test_it_is_refused_by_name(self, reentrant: bool, train: Any):
         model = seeded(Checkpointed)
         state = rosa_func.init(model, 2, train=train)

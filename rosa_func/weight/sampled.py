@@ -32,7 +32,8 @@ def is_sampled(density: float, device: torch.device) -> bool:
 
 def folded(R: Tensor, values: Tensor, support: Tensor) -> Tensor:
     """Return R + S, by differentiable operations; `support` counts along the flat R."""
-    return R.flatten().index_add(0, support, values.to(R.dtype)).view(R.shape)
+    index = support.long()  # torch 2.6 differentiates by no other under vmap
+    return R.flatten().index_add(0, index, values.to(R.dtype)).view(R.shape)
 
 
 def entries(left: Tensor, right: Tensor, support: Tensor) -> Tensor:
