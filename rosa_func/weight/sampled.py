@@ -85,10 +85,12 @@ def entries_one_by_one(left: Tensor, right: Tensor, support: Tensor) -> Tensor:
 
 @cache
 def _warn_of_beta() -> None:
-    """Let torch say now, unheard, what it says once: that sparse tensors are in beta."""
+    """Let torch say now, unheard, what it says once: that sparse tensors are in beta, unchecked."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.zeros(1, 1).to_sparse_csr()
+        empty = torch.zeros(1, 1).to_sparse_csr()
+        torch.sparse.sampled_addmm(empty, torch.ones(1, 1), torch.ones(1, 1)).values()
+        torch.sparse_csr_tensor(empty.crow_indices(), empty.col_indices(), empty.values(), (1, 1))
 
 
 class _Entries(torch.autograd.Function):
