@@ -89,7 +89,9 @@ def show(what: str, times: Times, over: str, under: str, key: str, bar: float | 
     """Print the ratio of the fastest rounds of two contenders."""
     a, b = min(times[over][key]), min(times[under][key])
     text = f"{what:9} {over + ' / ' + under:38} {a:9.4g} / {b:<9.4g} {a / b:7.3f}"
-    print(text if bar is None else f"{text}  at most {bar:g}: {'PASS' if a <= bar * b else 'FAIL'}")
+    if bar is not None:
+        text = f"{text}  at most {bar:g}: {'PASS' if a <= bar * b else 'FAIL'}"
+    print(text, flush=True)
 
 
 def step(s: Settings) -> None:
@@ -206,16 +208,18 @@ def linear(s: Settings) -> None:
     densities = DENSITIES if s.judged else DENSITIES[:1]  # each figure is a new process
     pairs = [(f"{a} {d:.1%}", f"{b} {d:.1%}") for d in densities for a, b in PAIRS]
     names = [name for pair in pairs for name in pair if name in makers]
+    compared = pairs if peft is not None else []
+    for pair in compared:
+        show("linear", times, *pair, "seconds", 0.8 if s.judged else None)
+    for d in DENSITIES:
+        show("linear", times, f"robust {d:.1%}", "frozen", "seconds", None)
+    show("linear", times, "full", "frozen", "seconds", None)
     jobs = {name: json.dumps([name, *s.widths, s.tokens]) for name in names}
     module = "examples.benchmark.robust"
     runs = {n: partial(in_a_process, module, "--measure", job) for n, job in jobs.items()}
     peaks = interleave(runs, s.repeats, 0, "peak memory")
-    for pair in pairs if peft is not None else []:
-        show("linear", times, *pair, "seconds", 0.8 if s.judged else None)
+    for pair in compared:
         show("peak MiB", peaks, *pair, "above", 1.0 if s.judged else None)
-    for d in DENSITIES:
-        show("linear", times, f"robust {d:.1%}", "frozen", "seconds", None)
-    show("linear", times, "full", "frozen", "seconds", None)
 
 
 def measure(name: str, width: int, within: int, count: int) -> dict[str, float]:
