@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from rosa_func.keys import canonical
-from rosa_func.patterns import matches_nothing, select
+from rosa_func.patterns import first_matches
 from rosa_func.weight import Parts
 from rosa_func.weight.low_rank import low_rank
-from rosa_func.weight.sparse_part import sparse_part
+from rosa_func.weight.sparse_part import sparse_parts
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -19,11 +19,10 @@ Density = float | Mapping[str, float]
 
 def densities(parts: Parts) -> dict[str, float]:
     """Return the densities of the sparse parts, by the weights that have one."""
-    found = {}
-    for name, w in parts.adapted().items():
-        if (part := sparse_part(w)) is not None:
-            *_, m, n = low_rank(w).shape
-            found[name] = part.support.shape[-1] / (m * n)
+    adapted, found = parts.adapted(), {}
+    for name, part in sparse_parts(adapted).items():
+        *_, m, n = low_rank(adapted[name]).shape
+        found[name] = part.support.shape[-1] / (m * n)
     return found
 
 
@@ -33,26 +32,25 @@ def budgets(shapes: Mapping[str, torch.Size], density: Density) -> dict[str, int
         if len(shape) < 2 or not shape.numel():
             raise ValueError(f"{name} has scores of shape {tuple(shape)}, which is no matrix")
     if not isinstance(density, Mapping):
-        return {name: _count(density, shape) for name, shape in shapes.items()}
-    named = {name: [name, canonical(name)] for name in shapes}
-    found: dict[str, int] = {}
-    for pattern, value in density.items():
-        if not isinstance(pattern, str):
-            raise TypeError(f"a mapping of densities has patterns as its keys, got {pattern!r}")
-        meant = select(named, pattern)
-        if not meant:
-            raise ValueError(f"{pattern!r} in density {matches_nothing(pattern, named)}")
-        found = {**{name: _count(value, shapes[name]) for name in meant}, **found}
-    return {name: found[name] for name in shapes if name in found}
+        found = dict.fromkeys(shapes, density)
+    else:
+        named = {name: [name, canonical(name)] for name in shapes}
+        found = first_matches(density, named, "densities", "density")
+    for value in density.values() if isinstance(density, Mapping) else [density]:
+        _check(value)
+    return {name: _count(found[name], shape) for name, shape in shapes.items() if name in found}
 
 
-def _count(density: float, shape: torch.Size) -> int:
+def _check(density: float) -> None:
     if isinstance(density, bool) or not isinstance(density, int | float):
         raise TypeError(
             f"a density is a number in (0, 1], got {density!r} of type {type(density).__name__}"
         )
     if not 0 < density <= 1:
         raise ValueError(f"a density lies in (0, 1], got {density!r}")
+
+
+def _count(density: float, shape: torch.Size) -> int:
     # 0.29 of 100 is 28.999999999999996
     return max(1, int(round(density * shape[-2] * shape[-1], 6)))
 

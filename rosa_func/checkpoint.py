@@ -20,7 +20,7 @@ from rosa_func.weight.low_rank import LowRank, low_rank
 from rosa_func.weight.parallel import map_weights
 from rosa_func.weight.parts import mapped
 from rosa_func.weight.rounding import aligned
-from rosa_func.weight.sparse_part import SparsePart, sparse_part
+from rosa_func.weight.sparse_part import SparsePart, sparse_parts
 
 
 def save(path: str | os.PathLike[str], state: TensorDict, **extra: Any) -> None:
@@ -158,9 +158,7 @@ def delta(
     parts = read(state)
     adapted = parts.adapted()
 
-    sparse = {
-        name: aligned(part) for name, w in adapted.items() if (part := sparse_part(w)) is not None
-    }
+    sparse = {name: aligned(part) for name, part in sparse_parts(adapted).items()}
 
     def changed(name: str) -> Factored:
         w, W0 = adapted[name], pretrained[name]

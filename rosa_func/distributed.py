@@ -14,7 +14,7 @@ from rosa_func.checkpoint import digest
 from rosa_func.samplers import Sampler
 from rosa_func.weight import Parts, read, write
 from rosa_func.weight.layout import Path, entries, from_entries, is_drawn
-from rosa_func.weight.sparse_part import sparse_part
+from rosa_func.weight.sparse_part import sparse_parts
 
 Entries = dict[Path, Tensor]
 
@@ -147,7 +147,7 @@ def begin(
     failure: Exception | None = None
     try:
         weights = read(begun()).adapted() if is_first else {}
-        support = {n: part.support for n, w in weights.items() if (part := sparse_part(w))}
+        support = {name: part.support for name, part in sparse_parts(weights).items()}
     except Exception as error:  # raised below, once the others know of it
         failure = error
     known = {name: (places.dtype, places.shape) for name, places in support.items()}

@@ -8,9 +8,10 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 Rank = int | float | Mapping[str, int | float]
+T = TypeVar("T")
 Named = Mapping[str, Collection[str]]  # {a parameter's name: all its names}
 _REGULAR_EXPRESSION = re.compile(r"[\\^$|(){}+]|^\.\*")
 
@@ -24,18 +25,31 @@ def ranks(r: Rank, named: Named) -> dict[str, int | float]:
     """
     if not isinstance(r, Mapping):
         return dict.fromkeys(named, r)
-    found: dict[str, int | float] = {}
-    for pattern, value in r.items():
-        if not isinstance(pattern, str):
-            raise TypeError(f"a mapping of ranks has patterns as its keys, got {pattern!r}")
-        meant = select(named, pattern)
-        if not meant:
-            raise ValueError(f"{pattern!r} in r {matches_nothing(pattern, named)}")
-        found = {**dict.fromkeys(meant, value), **found}
+    found = first_matches(r, named, "ranks", "r")
     if missing := [name for name in named if name not in found]:
         raise ValueError(
             f"no pattern of r={dict(r)!r} matches {missing[0]}; add a last pattern '*' for the rest"
         )
+    return found
+
+
+def first_matches(given: Mapping[str, T], named: Named, what: str, argument: str) -> dict[str, T]:
+    """Return what the first pattern that means it says of each weight that any pattern means.
+
+    Args:
+        given: {pattern: value}.
+        named: the weights.
+        what: the values are, for errors.
+        argument: in which they were given, for errors.
+    """
+    found: dict[str, T] = {}
+    for pattern, value in given.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"a mapping of {what} has patterns as its keys, got {pattern!r}")
+        meant = select(named, pattern)
+        if not meant:
+            raise ValueError(f"{pattern!r} in {argument} {matches_nothing(pattern, named)}")
+        found = {**dict.fromkeys(meant, value), **found}
     return found
 
 

@@ -24,7 +24,7 @@ from rosa_func.modules import some
 from rosa_func.weight import read, write
 from rosa_func.weight.low_rank import low_rank
 from rosa_func.weight.rounding import absorbed, factor_dtype
-from rosa_func.weight.sparse_part import SparsePart, sparse_part
+from rosa_func.weight.sparse_part import SparsePart, sparse_part, sparse_parts
 
 _ACROSS = ("weight", "model")
 
@@ -255,11 +255,8 @@ def remove(state: TensorDict) -> TensorDict:
         ['0.weight.A', '0.weight.B']
     """
     parts = read(state)
-    new = {
-        name: absorbed(w, part)
-        for name, w in parts.adapted().items()
-        if (part := sparse_part(w)) is not None
-    }
+    adapted = parts.adapted()
+    new = {name: absorbed(adapted[name], part) for name, part in sparse_parts(adapted).items()}
     if not new:
         raise ValueError("no weight of the state has a sparse part")
     return write(parts._replace(frozen={**parts.frozen, **new}))

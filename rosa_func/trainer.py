@@ -19,7 +19,7 @@ from rosa_func.module import RosaModule
 from rosa_func.samplers import Sampler, check_sampler
 from rosa_func.weight import read
 from rosa_func.weight.layout import leaves
-from rosa_func.weight.sparse_part import sparse_part
+from rosa_func.weight.sparse_part import sparse_parts
 
 with needs("trainer"):
     # Which the Trainer asks for, later and less clearly.
@@ -270,11 +270,8 @@ def _loss_of_model(model: nn.Module, batch: Any) -> Tensor:
 
 def _values(module: RosaModule) -> dict[str, Tensor]:
     """Return the values of the sparse parts."""
-    found = {}
-    for name, w in read(module.state).adapted().items():
-        if (part := sparse_part(w)) is not None:
-            found[f"{name}.values"] = part.values
-    return found
+    parts = sparse_parts(read(module.state).adapted())
+    return {f"{name}.values": part.values for name, part in parts.items()}
 
 
 def _fresh(optimizer: Any, named: dict[str, Tensor]) -> dict[Tensor, Slots]:

@@ -1,6 +1,6 @@
 """The sparse term: W + S, with S on a fixed support."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -121,3 +121,9 @@ def sparse_part(w: Weight) -> SparsePart | None:
         if isinstance(term, SparsePart):
             return term
     return None
+
+
+def sparse_parts(weights: Mapping[str, Weight]) -> dict[str, SparsePart]:
+    """Return the sparse terms of the weights that have one."""
+    found = {name: sparse_part(w) for name, w in weights.items()}
+    return {name: part for name, part in found.items() if part is not None}
