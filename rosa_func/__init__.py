@@ -31,12 +31,14 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from rosa_func.cycle import Method, init, merge, method, resample
+from rosa_func.binding import Method, method
+from rosa_func.cycle import merge, resample
 from rosa_func.forward import adapted, bind, call, compose
 from rosa_func.keys import fold_in
 from rosa_func.modules import skeleton
 from rosa_func.pretrained import init_from
 from rosa_func.recomputing import recompute
+from rosa_func.starting import init
 from rosa_func.trainable import Count, count, named_parameters, parameters
 
 if TYPE_CHECKING:

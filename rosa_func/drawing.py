@@ -6,8 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rosa_func import keys, samplers
 from rosa_func.samplers import Sampler, Site
 from rosa_func.weight import Base, Term, Weight
+from rosa_func.weight.keeping import Kept
 from rosa_func.weight.low_rank import LowRank
 from rosa_func.weight.parallel import map_weights
 from rosa_func.weight.rounding import aligned, factor_dtype, split
@@ -23,7 +25,7 @@ class Draw(NamedTuple):
         input_dim: the dimension that meets the input; negative for a batch of matrices.
         generator: (*place) -> the source of randomness of the matrix at that place of a batch, or
             () -> that of the only one.
-        kept: the dtype in which what rounding takes is kept, None for not at all.
+        kept: how what rounding takes is kept, None for not at all.
     """
 
     name: str
@@ -31,11 +33,17 @@ class Draw(NamedTuple):
     sampler: Sampler
     input_dim: int
     generator: Callable[..., torch.Generator]
-    kept: torch.dtype | None
+    kept: Kept | None
 
 
 class NotFiniteError(ValueError):
     """A weight has NaN or infinite values."""
+
+
+def check_draw(key: int, sampler: Sampler) -> None:
+    """Refuse a key or a sampler of the wrong type."""
+    keys.check_key(key)
+    samplers.check_sampler(sampler)
 
 
 def draw(
@@ -66,7 +74,7 @@ def draw(
     else:
         factors = LowRank(*_factors(how, wide.flatten(1), how.input_dim))
     factors = aligned(factors)  # copies: a sampler may return views of W
-    base, lost = split(W, factors, like, how.kept, own)
+    base, lost = split(W, factors, like, None if how.kept is None else how.kept.dtype, own)
     if like.dtype == torch.float16 and not _all_finite(base.dense()):
         raise ValueError(
             f"the residual of {how.name} is beyond float16's largest value, 65504; use bfloat16"

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from rosa_func import modules, samplers
 from rosa_func.checkpoint import delta
-from rosa_func.cycle import init, merge
+from rosa_func.cycle import merge
 from rosa_func.files.peft_adapter import find_adapter, write_adapter
 from rosa_func.files.peft_reading import read_change
 from rosa_func.files.peft_writing import adapter
 from rosa_func.forward import check_fit
 from rosa_func.modules import with_tensors
+from rosa_func.starting import init
 from rosa_func.weight import read, write
 from rosa_func.weight.low_rank import LowRank, low_rank
 

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from rosa_func import modules, peft_names, samplers, targeting
-from rosa_func.cycle import check_options, split_all
+from rosa_func.drawing import check_draw
 from rosa_func.extras import needs
 from rosa_func.files import converted, hub
 from rosa_func.modules import skeleton, some
 from rosa_func.patterns import Rank
 from rosa_func.samplers import Sampler
+from rosa_func.starting import split_all
+from rosa_func.storage import Storage
 from rosa_func.targeting import Targets
 
 
@@ -82,7 +84,8 @@ def init_from(
         torch.Size([1, 2, 9])
     """
     peft_names.refuse(others)
-    check_options(key, sampler, exact)
+    check_draw(key, sampler)
+    storage = Storage(exact).check()
     if dtype is not None and dtype not in _DTYPES.values():
         known = ", ".join(str(known) for known in _DTYPES.values())
         raise TypeError(f"dtype is None or one of {known}, got {dtype!r}")
@@ -114,7 +117,7 @@ def init_from(
 
         plan = targeting.plan(model, r, targets, train, exclude)
         modules.refuse_sparse_gradients(model, plan.full)
-        return model, split_all(plan, read, key=key, sampler=sampler, exact=exact)
+        return model, split_all(plan, read, key=key, sampler=sampler, storage=storage)
 
 
 class _Files:

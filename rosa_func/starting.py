@@ -1,0 +1,139 @@
+"""The beginning of a state: init."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import NoReturn
+
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from rosa_func import keys, modules, peft_names, samplers, targeting
+from rosa_func.drawing import Draw, check_draw, draw, draw_all
+from rosa_func.patterns import Rank
+from rosa_func.samplers import Sampler
+from rosa_func.storage import Storage
+from rosa_func.targeting import Plan, Targets
+from rosa_func.weight import Parts, Weight, write
+from rosa_func.weight.rounding import factor_dtype
+
+
+def init(
+    model: nn.Module,
+    r: Rank | None = None,
+    *,
+    key: int = 0,
+    sampler: Sampler = samplers.random,
+    targets: Targets = None,
+    train: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    exact: bool | None = None,
+    **others: NoReturn,
+) -> TensorDict:
+    """Split each target weight into a frozen residual and a trainable product of rank r.
+
+        W = R + A B,    W: m x n,    A: m x r,    B: r x n
+
+    The model is read, never written. The state shares the storage of every tensor that is not
+    adapted (and of the adapted ones with `samplers.lora` and `samplers.additive`, where R = W);
+    tensors in `train` are cloned, in float32 where the model has 16 bits: they are cast to the
+    model's dtype in each forward pass, and rounded once in `merge`.
+
+    A convolution's weight counts as m x (the rest). Any other weight of three or more dimensions is
+    a batch of matrices, such as the experts of a layer: each has factors of its own,
+
+        W[e] = R[e] + A[e] B[e],    A: experts x m x r,    B: experts x r x n
+
+    Args:
+        model: any `nn.Module` with its weights in float16, bfloat16, float32 or float64. The
+            factors of a 16-bit weight are float32, and so is what trains in full.
+        r: the rank: an int, a fraction of min(m, n) in (0, 1) (rounded down, at least 1), or a
+            mapping from patterns to either, of which the first match counts. 0 is for a sparse
+            part alone (`rosa_func.sparse`). It may be left out where nothing is adapted.
+        key: any int. Each weight draws from `fold_in(key, "init", name)`, so that a draw does
+            not depend on what else is adapted; a matrix of a batch, from that and its place.
+        sampler: how A and B are drawn from W, see `rosa_func.samplers`. The default is the
+            paper's: on text, no other one was better at more than one rank
+            (examples/experiments/RESULTS.md, `samplers` and `e2e-samplers`).
+        targets: None or "all-linear" for every `nn.Linear` and `Conv1D` weight and all experts of
+            the backbone, without what is in `train`; a name or pattern, or several; or a predicate
+            `(name, owning module) -> bool`. A name is that of parameters, or of modules with all
+            matrices in them, wherever they are: "c_attn", "h.0.attn", "experts.down_proj". A
+            pattern has the `*`, `?` or `[...]` of fnmatch in it. The full name of a parameter
+            means that one alone. An empty list, with `train`, adapts nothing:
+            `init(model, targets=(), train="*")` is full fine-tuning.
+        train: names or patterns, as in `targets`, of parameters trained in full; "head" for a task
+            head.
+        exclude: names or patterns of what is not adapted, though `targets` means it.
+        exact: keep what rounding took from R, so that a merge returns W bit for bit (True), or
+            not (False). None keeps it for 16-bit weights only, in their own dtype, which is
+            enough to keep repeated merges from drifting.
+        others: none; an argument of peft is answered with what says the same here.
+
+    Returns:
+        A TensorDict with the entries `frozen` {name: tensor}, `trainable` {name: {A, B} or
+        tensor}, `input_dim` {name: 0 or 1, or -2 or -1 for a batch}, `compensation`
+        {name: tensor} where kept (without elements while nothing was lost), and `model_dtype`
+        {name: zero} of what trains in full in another dtype than the model's, of that dtype.
+        No leaf requires a gradient: see `parameters`.
+
+    Raises:
+        ValueError: for a rank out of range, a pattern without a match, a weight both adapted and
+            in `train`, non-finite or meta weights, `max_norm` embeddings, 16-bit ones with sparse
+            gradients in `train`, nothing to train, or a decomposition that does not converge.
+        TypeError: for a model, rank, key, sampler, pattern, `exact` or weight of the wrong type
+            or dtype, a model with adapters of peft or 8-bit layers of bitsandbytes in it, or a
+            quantised or sharded tensor in `targets` or `train` (elsewhere it stays as it is).
+
+    Warns:
+        UserWarning: if a task head would stay frozen at its random start, or the default targets
+            leave out matrices of the backbone that are not those of a linear layer.
+
+    Source: Hameed and Rabusseau 2023, "ROSA", equations 2-4.
+
+    Example:
+        >>> import rosa_func, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> state = rosa_func.init(model, 2)
+        >>> state["trainable", "0.weight", "A"].shape
+        torch.Size([4, 2])
+        >>> torch.allclose(rosa_func.merge(state)["0.weight"], model[0].weight, atol=1e-6)
+        True
+    """
+    peft_names.refuse(others)
+    tensors = modules.tensors(model)
+    modules.refuse_meta(model)
+    modules.refuse_int8(model)
+    check_draw(key, sampler)
+    storage = Storage(exact).check()
+    plan = targeting.plan(model, r, targets, train, exclude)
+    modules.refuse_sparse_gradients(model, plan.full)
+    return split_all(plan, tensors.__getitem__, key=key, sampler=sampler, storage=storage)
+
+
+def split_all(
+    plan: Plan, load: Callable[[str], Tensor], *, key: int, sampler: Sampler, storage: Storage
+) -> TensorDict:
+    """Do what `init` does by a plan, with the tensors of the model as `load` gives them by name."""
+
+    def drawn(name: str) -> Weight:
+        W, (r, input_dim) = load(name), plan.adapted[name]
+        targeting.refuse_dtype(name, W)  # what a file holds need not be what its config says
+        modules.refuse_wrapper(name, W)
+        generator = partial(keys.generator, key, "init", name)
+        how = Draw(name, r, sampler, input_dim, generator, storage.kept(W))
+        return draw(how, W, storage.like(W))
+
+    full, dtypes = {}, {}
+    for name in plan.full:
+        tensor = load(name)
+        modules.refuse_wrapper(name, tensor)
+        full[name] = tensor.to(factor_dtype(tensor.dtype), copy=True)
+        if full[name].dtype != tensor.dtype:
+            dtypes[name] = tensor.dtype
+    weights = draw_all(drawn, plan.adapted, full)
+    frozen = {
+        name: weights[name] if name in weights else load(name)
+        for name in plan.names
+        if name not in full
+    }
+    return write(Parts(frozen, full, dtypes))
