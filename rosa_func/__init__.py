@@ -11,7 +11,7 @@ A state holds each adapted weight W as a frozen residual R and a trainable produ
 >>> optimizer = rosa_func.optim.rebind(optimizer, state, new)
 >>> weights = rosa_func.merge(new)  # dense, for model.load_state_dict
 
-Begin with: init, init_from, resample, merge, method.
+Begin with: plan, init, init_from, resample, merge, method.
 To compute: call, adapted, bind, compose, recompute, skeleton.
 To train:   parameters, named_parameters, count, fold_in.
 
@@ -36,6 +36,7 @@ from rosa_func.cycle import merge, resample
 from rosa_func.forward import adapted, bind, call, compose
 from rosa_func.keys import fold_in
 from rosa_func.modules import skeleton
+from rosa_func.planning import MemoryPlan, plan
 from rosa_func.pretrained import init_from
 from rosa_func.recomputing import recompute
 from rosa_func.starting import init
@@ -50,6 +51,7 @@ __version__ = "0.1.0"
 # Without the trainer, so that `from rosa_func import *` needs no extra.
 __all__ = [
     "Count",
+    "MemoryPlan",
     "Method",
     "adapted",
     "bind",
@@ -68,6 +70,7 @@ __all__ = [
     "named_parameters",
     "optim",
     "parameters",
+    "plan",
     "recompute",
     "resample",
     "samplers",

@@ -12,7 +12,8 @@ from torch._C import DisableTorchFunctionSubclass as without_torch_function
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn.modules.conv import _ConvNd as Convolution
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "FOLLOWS_PARAMETERS_OF_A_SUBCLASS",
@@ -20,8 +21,10 @@ __all__ = [
     "GROUPED_PRODUCTS",
     "STATE_DICT_HOOKS",
     "TENSOR_TABLES",
+    "VALUE_OF",
     "VIEWED",
     "Convolution",
+    "TorchDispatchMode",
     "are_transforms_off",
     "content_tables",
     "counting_writes",
@@ -45,6 +48,7 @@ __all__ = [
     "own_modules",
     "own_parameters",
     "own_persistent_buffers",
+    "tree_leaves",
     "tree_map",
     "version",
     "without_autocast",
@@ -69,6 +73,8 @@ GROUPED_PRODUCTS: list[Callable[..., Tensor]] = [
 
 # A tensor of which another is a view. To go on asking for it ends only if each answer is its own.
 VIEWED = Tensor._base.__get__  # type: ignore[union-attr]
+# The operator by which code asks for the value of a tensor, as `.item()` and `if` do.
+VALUE_OF = torch.ops.aten._local_scalar_dense.default
 
 
 def operator_name(function: Any) -> str | None:
@@ -234,3 +240,13 @@ def own_persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, buffer in module._buffers.items():
         if buffer is not None and name not in module._non_persistent_buffers_set:
             yield name, buffer
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Return attention as it is computed on a CPU, also on the meta device.
+
+    There `scaled_dot_product_attention` itself takes a way that holds all scores.
+    """
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out: Tensor = flash(q, k, v, 0.0, is_causal, attn_mask=mask)[0]
+    return out
