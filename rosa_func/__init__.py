@@ -11,7 +11,7 @@ A state holds each adapted weight W as a frozen residual R and a trainable produ
 >>> optimizer = rosa_func.optim.rebind(optimizer, state, new)
 >>> weights = rosa_func.merge(new)  # dense, for model.load_state_dict
 
-Begin with: plan, init, init_from, resample, merge, method.
+Begin with: plan, init, init_from, resample, merge, method; keep_compensation moves what rounding took.
 To compute: call, adapted, bind, compose, recompute, skeleton.
 To train:   parameters, named_parameters, count, fold_in.
 
@@ -40,6 +40,7 @@ from rosa_func.planning import MemoryPlan, plan
 from rosa_func.pretrained import init_from
 from rosa_func.recomputing import recompute
 from rosa_func.starting import init
+from rosa_func.storage import keep_compensation
 from rosa_func.trainable import Count, count, named_parameters, parameters
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ __all__ = [
     "fold_in",
     "init",
     "init_from",
+    "keep_compensation",
     "merge",
     "method",
     "module",

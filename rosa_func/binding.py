@@ -12,6 +12,7 @@ from rosa_func.patterns import Rank
 from rosa_func.samplers import Sampler
 from rosa_func.starting import init
 from rosa_func.targeting import Targets
+from rosa_func.weight.keeping import Place
 
 
 class Method(NamedTuple):
@@ -29,6 +30,7 @@ def method(
     train: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     exact: bool | None = None,
+    compensation: Place = None,
     **others: NoReturn,
 ) -> Method:
     """Bind the options of `init` and `resample` once, as optax binds init and update.
@@ -43,6 +45,7 @@ def method(
         train: as in `init`.
         exclude: as in `init`.
         exact: as in `init`.
+        compensation: as in `init`.
         others: none, as in `init`.
 
     Returns:
@@ -64,6 +67,7 @@ def method(
             train=train,
             exclude=exclude,
             exact=exact,
+            compensation=compensation,
         ),
         resample=partial(resample, r=r, sampler=sampler),
     )

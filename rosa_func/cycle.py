@@ -85,7 +85,7 @@ def resample(
             sampler,
             int(w.input_dim),
             partial(keys.generator, key, "resample", name),
-            kept_as(w.lost),
+            kept_as(w),
         )
         new = draw(how, rounding.join(w), w.base, w.terms, own=True)
         return new._replace(input_dim=w.input_dim.clone())  # on the device of the old one

@@ -13,7 +13,8 @@ from rosa_func._supports import Density
 from rosa_func.checkpoint import digest
 from rosa_func.samplers import Sampler
 from rosa_func.weight import Parts, read, write
-from rosa_func.weight.layout import Path, entries, from_entries, is_drawn
+from rosa_func.weight.keeping import kept_as
+from rosa_func.weight.layout import Path, entries, from_entries, is_compensation, is_drawn
 from rosa_func.weight.sparse_part import sparse_parts
 
 Entries = dict[Path, Tensor]
@@ -77,13 +78,16 @@ def resample(
         for path, (dtype, shape) in each.items():
             # Where its owner has it, too: backends of GPUs send nothing that is on the host.
             place = adapted[path[1]].base.device
-            new[path] = (
+            new[path] = sent = (
                 own[path].to(place).contiguous()
                 if owner == rank
                 else torch.empty(shape, dtype=dtype, device=place)
             )
             if shape.numel():
-                dist.broadcast(new[path], source, group)
+                dist.broadcast(sent, source, group)
+            kept = kept_as(adapted[path[1]])
+            if is_compensation(path) and kept is not None:
+                new[path] = own[path] if owner == rank else kept.keep(sent)
     given = entries(write(Parts(dict(adapted), {})))
     new |= {path: tensor.clone() for path, tensor in given.items() if not is_drawn(path)}
     drawn = read(from_entries(new)).adapted()

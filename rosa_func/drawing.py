@@ -74,7 +74,7 @@ def draw(
     else:
         factors = LowRank(*_factors(how, wide.flatten(1), how.input_dim))
     factors = aligned(factors)  # copies: a sampler may return views of W
-    base, lost = split(W, factors, like, None if how.kept is None else how.kept.dtype, own)
+    base, lost = split(W, factors, like, how.kept, own)
     if like.dtype == torch.float16 and not _all_finite(base.dense()):
         raise ValueError(
             f"the residual of {how.name} is beyond float16's largest value, 65504; use bfloat16"

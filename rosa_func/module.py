@@ -19,11 +19,13 @@ from rosa_func.places import places
 from rosa_func.samplers import Sampler
 from rosa_func.stand_in import attribute, changes, refuse
 from rosa_func.weight import read
+from rosa_func.weight.keeping import placed_like
 from rosa_func.weight.layout import (
     Path,
     entries,
     from_entries,
     is_compensation,
+    kept_apart,
     leaves,
     trains,
 )
@@ -120,13 +122,14 @@ class RosaModule(nn.Module):
                 "a RosaModule takes states whose entries have the names and shapes of its own, and "
                 f"{'.'.join(min(other)[0])} differs: make a RosaModule of this state"
             )
+        apart = kept_apart(new)
         for path, value in given.items():
             table, last = self._table(path), self._slots[path][1]
             if trains(path):
                 with torch.no_grad():
                     table[last].copy_(value)
             else:
-                table[last] = value.to(table[last].device)
+                table[last] = value if path in apart else value.to(table[last].device)
 
     def resample(
         self,
@@ -249,8 +252,18 @@ class RosaModule(nn.Module):
         return own_parameters(owner) if trains(path) else own_buffers(owner)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RosaModule":
-        """Move what the state does not hold as well: the skeleton's non-persistent buffers."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        """Move what the state does not hold as well: the skeleton's non-persistent buffers.
+
+        A compensation that is kept apart from its weight stays where it is.
+        """
+        apart = {path: self._table(path)[self._slots[path][1]] for path in kept_apart(self.state)}
+        for path in apart:
+            self._table(path)[self._slots[path][1]] = None
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            for path, lost in apart.items():
+                self._table(path)[self._slots[path][1]] = lost
         move(self.__dict__["skeleton"], fn)
         return self
 
@@ -270,7 +283,7 @@ class RosaModule(nn.Module):
         for path, (_owner, last) in self._slots.items():
             table = self._table(path)
             if not trains(path) and self._own.get(path) != table[last].data_ptr():
-                table[last] = table[last].clone()
+                table[last] = placed_like(table[last], table[last].clone())
                 self._own[path] = table[last].data_ptr()
 
     def ready_to_load(self, given: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -279,13 +292,11 @@ class RosaModule(nn.Module):
         for path, (_owner, last) in self._slots.items():
             table = self._table(path)
             old, new = table[last], given.get(prefix + ".".join(path))
-            # What rounding took has no elements while nothing was lost: the shape may be another.
-            if (
-                is_compensation(path)
-                and isinstance(new, Tensor)
-                and not (old.numel() and new.numel())
-            ):
-                table[last] = old.new_empty(new.shape)
+            if not is_compensation(path) or not isinstance(new, Tensor):
+                continue
+            # It has no elements while nothing was lost, and another dtype in an earlier version.
+            if old.dtype != new.dtype or not (old.numel() and new.numel()):
+                table[last] = placed_like(old, old.new_empty(new.shape, dtype=new.dtype))
 
 
 def _shapes(entries: dict[Path, Tensor]) -> dict[Path, torch.Size | None]:

@@ -22,6 +22,7 @@ from rosa_func.samplers import Sampler
 from rosa_func.starting import split_all
 from rosa_func.storage import Storage
 from rosa_func.targeting import Targets
+from rosa_func.weight.keeping import Place
 
 
 def init_from(
@@ -35,6 +36,7 @@ def init_from(
     exclude: str | Iterable[str] = (),
     exact: bool | None = None,
     dtype: torch.dtype | None = None,
+    compensation: Place = None,
     **others: NoReturn,
 ) -> tuple[nn.Module, TensorDict]:
     """Do what `init` does, reading the weights of a transformers checkpoint one by one.
@@ -51,7 +53,8 @@ def init_from(
         path: a folder with `config.json`, which names the architecture, and `model.safetensors` or
             the shards of `model.safetensors.index.json`; or the name of a repository of the Hub
             that has them: what is in the Hub's cache is taken from there, and not updated.
-        r: as in `init`, as are `key`, `sampler`, `targets`, `train`, `exclude` and `exact`.
+        r: as in `init`, as are `key`, `sampler`, `targets`, `train`, `exclude`, `exact` and
+            `compensation`.
         key: see `init`.
         sampler: see `init`.
         targets: see `init`.
@@ -59,6 +62,7 @@ def init_from(
         exclude: see `init`.
         exact: see `init`.
         dtype: of the floating-point weights; None for that of the files.
+        compensation: see `init`.
         others: none, as in `init`.
 
     Returns:
@@ -85,7 +89,7 @@ def init_from(
     """
     peft_names.refuse(others)
     check_draw(key, sampler)
-    storage = Storage(exact).check()
+    storage = Storage(exact, compensation).check()
     if dtype is not None and dtype not in _DTYPES.values():
         known = ", ".join(str(known) for known in _DTYPES.values())
         raise TypeError(f"dtype is None or one of {known}, got {dtype!r}")

@@ -14,6 +14,7 @@ from rosa_func.samplers import Sampler
 from rosa_func.storage import Storage
 from rosa_func.targeting import Plan, Targets
 from rosa_func.weight import Parts, Weight, write
+from rosa_func.weight.keeping import Place
 from rosa_func.weight.rounding import factor_dtype
 
 
@@ -27,6 +28,7 @@ def init(
     train: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     exact: bool | None = None,
+    compensation: Place = None,
     **others: NoReturn,
 ) -> TensorDict:
     """Split each target weight into a frozen residual and a trainable product of rank r.
@@ -65,8 +67,13 @@ def init(
             head.
         exclude: names or patterns of what is not adapted, though `targets` means it.
         exact: keep what rounding took from R, so that a merge returns W bit for bit (True), or
-            not (False). None keeps it for 16-bit weights only, in their own dtype, which is
-            enough to keep repeated merges from drifting.
+            not (False). None keeps it for 16-bit weights only, and of it the next eight bits,
+            which is enough to keep repeated merges from drifting.
+        compensation: where that is kept: None for beside the weight, "cpu" for the host, or a
+            folder, in which it is memory-mapped (in files without a name, which are gone with the
+            state). `resample` and `merge` read it, one weight at a time, and keep it there; a
+            forward pass does not. Where a state is loaded or moved as a whole, it is beside the
+            weights again: see `keep_compensation`.
         others: none; an argument of peft is answered with what says the same here.
 
     Returns:
@@ -80,9 +87,11 @@ def init(
         ValueError: for a rank out of range, a pattern without a match, a weight both adapted and
             in `train`, non-finite or meta weights, `max_norm` embeddings, 16-bit ones with sparse
             gradients in `train`, nothing to train, or a decomposition that does not converge.
-        TypeError: for a model, rank, key, sampler, pattern, `exact` or weight of the wrong type
-            or dtype, a model with adapters of peft or 8-bit layers of bitsandbytes in it, or a
-            quantised or sharded tensor in `targets` or `train` (elsewhere it stays as it is).
+        TypeError: for a model, rank, key, sampler, pattern, `exact`, `compensation` or weight of
+            the wrong type or dtype, a model with adapters of peft or 8-bit layers of bitsandbytes
+            in it, or a quantised or sharded tensor in `targets` or `train` (elsewhere it stays as
+            it is).
+        OSError: if the folder for the compensation is gone, full, or not to be written to.
 
     Warns:
         UserWarning: if a task head would stay frozen at its random start, or the default targets
@@ -104,7 +113,7 @@ def init(
     modules.refuse_meta(model)
     modules.refuse_int8(model)
     check_draw(key, sampler)
-    storage = Storage(exact).check()
+    storage = Storage(exact, compensation).check()
     plan = targeting.plan(model, r, targets, train, exclude)
     modules.refuse_sparse_gradients(model, plan.full)
     return split_all(plan, tensors.__getitem__, key=key, sampler=sampler, storage=storage)

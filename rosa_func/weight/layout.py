@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rosa_func._torch import is_old_dynamo
 from rosa_func.weight.dense import Dense
+from rosa_func.weight.keeping import kept_as
 from rosa_func.weight.low_rank import LowRank
 from rosa_func.weight.parts import Base, Term, Weight, fixed, trainable
 from rosa_func.weight.rounding import compensation_dtype
@@ -182,6 +183,12 @@ def is_compensation(path: Path) -> bool:
     return path[0] == "compensation"
 
 
+def kept_apart(state: TensorDict) -> set[Path]:
+    """Return the paths of what rounding took that is not kept beside its weight."""
+    kept = {name: kept_as(w) for name, w in read(state).adapted().items()}
+    return {("compensation", name) for name, how in kept.items() if how and how.place}
+
+
 def _base(name: str, stored: Any) -> Base:
     if isinstance(stored, Tensor):
         return Dense(stored)
@@ -228,9 +235,10 @@ def _check_shapes(name: str, w: Weight) -> None:
 def _check_compensation(adapted: dict[str, Weight]) -> None:
     """Refuse a compensation that lacks a weight: it is kept for all of them, or all of 16 bit."""
     kept = {name: w.lost.dtype for name, w in adapted.items() if w.lost is not None}
-    default = {name: compensation_dtype(w.base.dtype, None) for name, w in adapted.items()}
-    as_default = kept and all(dtype == default[name] for name, dtype in kept.items())
-    expected = [name for name in adapted if default[name]] if as_default else list(adapted)
+    dtypes = {name: w.base.dtype for name, w in adapted.items()}
+    is_exact = any(dtype == compensation_dtype(dtypes[name], True) for name, dtype in kept.items())
+    default = [name for name, dtype in dtypes.items() if compensation_dtype(dtype, None)]
+    expected = default if kept and not is_exact else list(adapted)
     if missing := [name for name in expected if name not in kept]:
         raise KeyError(
             f"the state lacks the compensation of {missing[0]} (a state of several dtypes cannot "
