@@ -8,6 +8,7 @@ from tensordict import TensorDict
 
 from rosa_func import peft_names, samplers
 from rosa_func.cycle import resample
+from rosa_func.drawing import Progress
 from rosa_func.patterns import Rank
 from rosa_func.samplers import Sampler
 from rosa_func.starting import init
@@ -29,6 +30,8 @@ def method(
     train: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     exact: bool | None = None,
+    donate: bool = False,
+    progress: Progress = False,
     **others: NoReturn,
 ) -> Method:
     """Bind the options of `init` and `resample` once, as optax binds init and update.
@@ -43,6 +46,8 @@ def method(
         train: as in `init`.
         exclude: as in `init`.
         exact: as in `init`.
+        donate: as in `init` and `resample`, for both.
+        progress: as in `init`, for both.
         others: none, as in `init`.
 
     Returns:
@@ -64,6 +69,8 @@ def method(
             train=train,
             exclude=exclude,
             exact=exact,
+            donate=donate,
+            progress=progress,
         ),
-        resample=partial(resample, r=r, sampler=sampler),
+        resample=partial(resample, r=r, sampler=sampler, donate=donate, progress=progress),
     )
