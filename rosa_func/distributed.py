@@ -59,11 +59,8 @@ def resample(
     """
     if _is_alone(group):
         return cycle.resample(state, key, sampler=sampler, donate=donate)
-    check_draw(key, sampler)
-    if donate:
-        cycle.refuse_shared(state)
     with handing_over("resample") if donate else nullcontext(APART) as handover:
-        return drawn_again(state, key, sampler, handover, group)
+        return drawn_again(state, key, sampler, handover, group, is_checked=not donate)
 
 
 def drawn_again(
@@ -72,6 +69,8 @@ def drawn_again(
     sampler: Sampler,
     handover: Handover,
     group: dist.ProcessGroup | None = None,
+    *,
+    is_checked: bool = True,
 ) -> TensorDict:
     """Do what `resample` does, with a `handover` of the old parts."""
     if _is_alone(group):
@@ -82,6 +81,9 @@ def drawn_again(
     own: dict[str, Weight] = {}
     failure: Exception | None = None
     try:
+        check_draw(key, sampler)
+        if not is_checked:
+            cycle.refuse_shared(state)
         share: dict[str, Any] = {name: adapted[name] for name in list(adapted)[rank::size]}
         drawn = cycle.drawn_again(write(Parts(share, parts.full)), key, None, sampler, handover)
         own = read(drawn).adapted()
