@@ -11,9 +11,10 @@ A state holds each adapted weight W as a frozen residual R and a trainable produ
 >>> optimizer = rosa_func.optim.rebind(optimizer, state, new)
 >>> weights = rosa_func.merge(new)  # dense, for model.load_state_dict
 
-Begin with: plan, init, init_from, resample, merge, method; keep_compensation moves what rounding took.
+Begin with: init, init_from, resample, merge, method; plan says what it will cost.
 To compute: call, adapted, bind, compose, recompute, skeleton.
 To train:   parameters, named_parameters, count, fold_in.
+To place:   keep_compensation, of what rounding took from 16-bit weights.
 
 More is in rooms, each imported when it is first asked for, as rosa_func.optim:
 

@@ -8,6 +8,7 @@ from tensordict import TensorDict
 
 from rosa_func import peft_names, samplers
 from rosa_func.cycle import resample
+from rosa_func.drawing import Progress
 from rosa_func.patterns import Rank
 from rosa_func.samplers import Sampler
 from rosa_func.starting import init
@@ -31,6 +32,8 @@ def method(
     exclude: str | Iterable[str] = (),
     exact: bool | None = None,
     compensation: Place = None,
+    donate: bool = False,
+    progress: Progress = False,
     **others: NoReturn,
 ) -> Method:
     """Bind the options of `init` and `resample` once, as optax binds init and update.
@@ -46,6 +49,8 @@ def method(
         exclude: as in `init`.
         exact: as in `init`.
         compensation: as in `init`.
+        donate: as in `init` and `resample`, for both.
+        progress: as in `init`, for both.
         others: none, as in `init`.
 
     Returns:
@@ -68,6 +73,8 @@ def method(
             exclude=exclude,
             exact=exact,
             compensation=compensation,
+            donate=donate,
+            progress=progress,
         ),
-        resample=partial(resample, r=r, sampler=sampler),
+        resample=partial(resample, r=r, sampler=sampler, donate=donate, progress=progress),
     )

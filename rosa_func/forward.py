@@ -228,7 +228,7 @@ def check_fit(model: nn.Module, state: TensorDict) -> dict[str, str]:
 
 
 def _fit(model: nn.Module, shapes: dict[str, torch.Size]) -> dict[str, str]:
-    own = {name: tensor.shape for name, tensor in modules.tensors(model).items()}
+    own = {name: tensor.shape for name, tensor in modules.own_tensors(model).items()}
     return modules.fit(type(model).__name__, own, shapes)
 
 

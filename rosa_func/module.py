@@ -5,6 +5,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 
 from rosa_func import averages, distributed, export, optim, samplers
 from rosa_func._torch import is_eager, is_exporting, move, own_buffers, own_modules, own_parameters
+from rosa_func.drawing import check_draw
 from rosa_func.forward import call, called, check_fit
 from rosa_func.modules import skeleton
 from rosa_func.places import places
 from rosa_func.samplers import Sampler
 from rosa_func.stand_in import attribute, changes, refuse
 from rosa_func.weight import read
+from rosa_func.weight.donating import APART, handing_over
 from rosa_func.weight.keeping import placed_like
 from rosa_func.weight.layout import (
     Path,
@@ -29,6 +32,7 @@ from rosa_func.weight.layout import (
     leaves,
     trains,
 )
+from rosa_func.weight.sharing import shared_state
 
 
 class RosaModule(nn.Module):
@@ -150,6 +154,9 @@ class RosaModule(nn.Module):
         warning says so where a copy of the module was written to, as `AveragedModel` does; an
         average that is no copy of the module is not seen.
 
+        The residuals are rewritten in their own memory, see `donate` of `resample`, unless a state
+        or a model that is in use shares it.
+
         Args:
             key: as in `resample`.
             sampler: as in `resample`.
@@ -165,19 +172,28 @@ class RosaModule(nn.Module):
                 "module.state), or begin a new average after it",
                 stacklevel=2,
             )
+        check_draw(key, sampler)
         old = self.state
-        new = distributed.resample(old, key, sampler=sampler)
-        if optimizer is not None:
-            slots = optim.carried(optimizer, old, new, moments=moments, fraction=fraction)
+        shares = shared_state(old, *self.modules()) is not None
+        with nullcontext(APART) if shares else handing_over("resample") as handover:
+            # Of what trains in full it is the parameter that goes on.
+            handover = handover._replace(leaf=lambda name, leaf: leaf.detach())
+            new = distributed.drawn_again(old, key, sampler, handover)
+            if optimizer is not None:
+                slots = optim.carried(optimizer, old, new, moments=moments, fraction=fraction)
+                for name, parameter in leaves(old).items():
+                    optimizer.state.pop(parameter, None)
+                    if slots[name]:
+                        optimizer.state[parameter] = slots[name]
+            in_full = read(old).full
             for name, parameter in leaves(old).items():
-                optimizer.state.pop(parameter, None)
-                if slots[name]:
-                    optimizer.state[parameter] = slots[name]
-        in_full = read(old).full
-        for name, parameter in leaves(old).items():
-            if name not in in_full:
-                parameter.grad = None
-        self.state = new
+                if name not in in_full:
+                    parameter.grad = None
+            try:
+                self.state = new
+            except BaseException:  # Ctrl-C; what is old is given its values
+                self.state = old
+                raise
 
     def train(self, mode: bool = True) -> "RosaModule":
         """Set the mode, of the skeleton too."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from rosa_func import modules, peft_names, samplers, targeting
-from rosa_func.drawing import check_draw
+from rosa_func.drawing import Progress, check_draw
 from rosa_func.extras import needs
 from rosa_func.files import converted, hub
 from rosa_func.modules import skeleton, some
@@ -37,6 +37,7 @@ def init_from(
     exact: bool | None = None,
     dtype: torch.dtype | None = None,
     compensation: Place = None,
+    progress: Progress = False,
     **others: NoReturn,
 ) -> tuple[nn.Module, TensorDict]:
     """Do what `init` does, reading the weights of a transformers checkpoint one by one.
@@ -63,6 +64,7 @@ def init_from(
         exact: see `init`.
         dtype: of the floating-point weights; None for that of the files.
         compensation: see `init`.
+        progress: as in `init`.
         others: none, as in `init`.
 
     Returns:
@@ -88,7 +90,7 @@ def init_from(
         torch.Size([1, 2, 9])
     """
     peft_names.refuse(others)
-    check_draw(key, sampler)
+    check_draw(key, sampler, progress)
     storage = Storage(exact, compensation).check()
     if dtype is not None and dtype not in _DTYPES.values():
         known = ", ".join(str(known) for known in _DTYPES.values())
@@ -121,7 +123,9 @@ def init_from(
 
         plan = targeting.plan(model, r, targets, train, exclude)
         modules.refuse_sparse_gradients(model, plan.full)
-        return model, split_all(plan, read, key=key, sampler=sampler, storage=storage)
+        return model, split_all(
+            plan, read, key=key, sampler=sampler, storage=storage, progress=progress
+        )
 
 
 class _Files:

@@ -24,6 +24,7 @@ from rosa_func.weight.low_rank import LowRank
 from rosa_func.weight.parts import Base, Term, Weight, fixed, trainable
 from rosa_func.weight.rounding import compensation_dtype
 from rosa_func.weight.sparse_part import SparsePart
+from rosa_func.weight.spent import refuse_spent
 
 # A new kind is a file beside these, and an entry here. Terms are folded in this order.
 BASES: list[Any] = [Dense]
@@ -56,13 +57,17 @@ class Parts(NamedTuple):
         return {**self.full, **cast}
 
 
-def read(state: TensorDict) -> Parts:
+def read(state: TensorDict, *, spent: bool = False) -> Parts:
     """Read a state, after making sure that no entry is missing and that all fit together.
+
+    Args:
+        state: what `write` returned.
+        spent: whether one that was donated will do, of which only the factors have values.
 
     Raises:
         TypeError: if it is not a TensorDict.
         KeyError: if an entry is missing, or there is one too many (named).
-        ValueError: if shapes do not fit (named).
+        ValueError: if shapes do not fit, or a tensor was donated (named).
     """
     if not isinstance(state, TensorDictBase):
         raise TypeError(f"the state is a TensorDict, got {type(state).__name__}")
@@ -80,6 +85,8 @@ def read(state: TensorDict) -> Parts:
     for name, value in branches["trainable"].items():
         if isinstance(value, Tensor):
             full[name] = value
+            if not spent:
+                refuse_spent((value,))
             continue
         if name not in dims:
             raise KeyError(f"the state lacks {name} in input_dim")
@@ -90,6 +97,8 @@ def read(state: TensorDict) -> Parts:
             fields.update(supports[name].items())
         base, terms = _base(name, frozen[name]), _terms(name, fields)
         adapted[name] = Weight(base, terms, dims[name], lost.get(name))
+        if not spent:
+            refuse_spent((*base, adapted[name].lost))  # type: ignore[misc]
         if is_checked:
             _check_shapes(name, adapted[name])
     if len(dims) > len(adapted):
@@ -138,10 +147,10 @@ def write(parts: Parts) -> TensorDict:
     return TensorDict({branch: TensorDict(values) for branch, values in branches.items()})
 
 
-def leaves(state: TensorDict) -> dict[str, Tensor]:
+def leaves(state: TensorDict, *, spent: bool = False) -> dict[str, Tensor]:
     """Return the trainable leaves by name, such as "0.weight.A", as they are."""
     found: dict[str, Tensor] = {}
-    parts = read(state)
+    parts = read(state, spent=spent)
     for name, w in parts.adapted().items():
         for term in w.terms:
             found |= {f"{name}.{field}": value for field, value in trainable(term).items()}
