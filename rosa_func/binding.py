@@ -11,6 +11,7 @@ from rosa_func.cycle import resample
 from rosa_func.patterns import Rank
 from rosa_func.samplers import Sampler
 from rosa_func.starting import init
+from rosa_func.storage import Master
 from rosa_func.targeting import Targets
 
 
@@ -29,6 +30,8 @@ def method(
     train: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     exact: bool | None = None,
+    quantize: str | None = None,
+    master: Master = None,
     **others: NoReturn,
 ) -> Method:
     """Bind the options of `init` and `resample` once, as optax binds init and update.
@@ -43,6 +46,8 @@ def method(
         train: as in `init`.
         exclude: as in `init`.
         exact: as in `init`.
+        quantize: as in `init`.
+        master: as in `init`.
         others: none, as in `init`.
 
     Returns:
@@ -64,6 +69,8 @@ def method(
             train=train,
             exclude=exclude,
             exact=exact,
+            quantize=quantize,
+            master=master,
         ),
         resample=partial(resample, r=r, sampler=sampler),
     )

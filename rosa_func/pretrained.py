@@ -20,7 +20,7 @@ from rosa_func.modules import skeleton, some
 from rosa_func.patterns import Rank
 from rosa_func.samplers import Sampler
 from rosa_func.starting import split_all
-from rosa_func.storage import Storage
+from rosa_func.storage import Master, Storage
 from rosa_func.targeting import Targets
 
 
@@ -35,6 +35,8 @@ def init_from(
     exclude: str | Iterable[str] = (),
     exact: bool | None = None,
     dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    master: Master = None,
     **others: NoReturn,
 ) -> tuple[nn.Module, TensorDict]:
     """Do what `init` does, reading the weights of a transformers checkpoint one by one.
@@ -59,6 +61,8 @@ def init_from(
         exclude: see `init`.
         exact: see `init`.
         dtype: of the floating-point weights; None for that of the files.
+        quantize: see `init`.
+        master: see `init`.
         others: none, as in `init`.
 
     Returns:
@@ -85,7 +89,7 @@ def init_from(
     """
     peft_names.refuse(others)
     check_draw(key, sampler)
-    storage = Storage(exact).check()
+    storage = Storage(exact, quantize, master).check()
     if dtype is not None and dtype not in _DTYPES.values():
         known = ", ".join(str(known) for known in _DTYPES.values())
         raise TypeError(f"dtype is None or one of {known}, got {dtype!r}")

@@ -11,7 +11,7 @@ from rosa_func import keys, modules, peft_names, samplers, targeting
 from rosa_func.drawing import Draw, check_draw, draw, draw_all
 from rosa_func.patterns import Rank
 from rosa_func.samplers import Sampler
-from rosa_func.storage import Storage
+from rosa_func.storage import Master, Storage
 from rosa_func.targeting import Plan, Targets
 from rosa_func.weight import Parts, Weight, write
 from rosa_func.weight.rounding import factor_dtype
@@ -27,6 +27,8 @@ def init(
     train: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     exact: bool | None = None,
+    quantize: str | None = None,
+    master: Master = None,
     **others: NoReturn,
 ) -> TensorDict:
     """Split each target weight into a frozen residual and a trainable product of rank r.
@@ -67,6 +69,13 @@ def init(
         exact: keep what rounding took from R, so that a merge returns W bit for bit (True), or
             not (False). None keeps it for 16-bit weights only, in their own dtype, which is
             enough to keep repeated merges from drifting.
+        quantize: how the residuals of the adapted weights are stored: None for as they are, "nf4"
+            (4 bits a value), "nf4_double" (its scales in 8 bits) or "int8"; in blocks of 64 with a
+            scale each, see `rosa_func.quantised`. A weight with rank 0 is quantised as it is.
+        master: where what quantising takes from R is kept, in 16 bits, or with exact=True so that
+            a merge into the master returns W bit for bit: None for nowhere, True for beside the
+            weight, "cpu" for the host, or a folder, in which it is memory-mapped. A `resample`
+            reads it, a forward pass does not.
         others: none; an argument of peft is answered with what says the same here.
 
     Returns:
@@ -79,9 +88,10 @@ def init(
     Raises:
         ValueError: for a rank out of range, a pattern without a match, a weight both adapted and
             in `train`, non-finite or meta weights, `max_norm` embeddings, 16-bit ones with sparse
-            gradients in `train`, nothing to train, or a decomposition that does not converge.
-        TypeError: for a model, rank, key, sampler, pattern, `exact` or weight of the wrong type
-            or dtype, a model with adapters of peft or 8-bit layers of bitsandbytes in it, or a
+            gradients in `train`, nothing to train, a decomposition that does not converge, or
+            `quantize` and `master` that do not go together.
+        TypeError: for a model, rank, key, sampler, pattern, option or weight of the wrong type or
+            dtype, a model with adapters of peft or 8-bit layers of bitsandbytes in it, or a
             quantised or sharded tensor in `targets` or `train` (elsewhere it stays as it is).
 
     Warns:
@@ -104,7 +114,7 @@ def init(
     modules.refuse_meta(model)
     modules.refuse_int8(model)
     check_draw(key, sampler)
-    storage = Storage(exact).check()
+    storage = Storage(exact, quantize, master).check()
     plan = targeting.plan(model, r, targets, train, exclude)
     modules.refuse_sparse_gradients(model, plan.full)
     return split_all(plan, tensors.__getitem__, key=key, sampler=sampler, storage=storage)
@@ -121,7 +131,7 @@ def split_all(
         modules.refuse_wrapper(name, W)
         generator = partial(keys.generator, key, "init", name)
         how = Draw(name, r, sampler, input_dim, generator, storage.kept(W))
-        return draw(how, W, storage.like(W))
+        return draw(how, W, storage.like(W, batch=input_dim < 0))
 
     full, dtypes = {}, {}
     for name in plan.full:

@@ -115,7 +115,9 @@ def test_a_resample_keeps_the_function_and_starts_the_terms_anew(parts: Parts):
     new = rosa_func.resample(state, 1, r=3)
     result, expected = (rosa_func.call(model, s, IDS) for s in (new, state))
     # A residual is read without its compensation; an int8 one is off by half a step of 127.
-    assert relative_distance(result, expected) <= (TOLERANCE if parts.base == "dense" else 0.02)
+    # It takes an eighth of a block's largest value in 4 bits, before and after.
+    taken = {"dense": TOLERANCE, "int8": 0.02, "int8 in blocks": 0.02}.get(parts.base, 0.25)
+    assert relative_distance(result, expected) <= taken
     for name in NAMES:
         fields = new["trainable", name]
         assert fields["A"].shape[-1] == 3
@@ -263,7 +265,7 @@ def test_jvp_is_the_slope_along_a_tangent(parts: Parts):
     tuple(map(int, torch.__version__.split(".")[:2])) == (2, 11),
     reason="aot_autograd of torch 2.11 asks a tensor of grad for its storage",
 )
-@over([Parts("int8", "scaled and sparse")])
+@over([Parts("int8", "scaled and sparse"), Parts("nf4_double in blocks", "sparse")])
 def test_gradients_compile_as_one_whole_graph(parts: Parts):
     torch.compiler.reset()
     state = trained_state(parts)

@@ -21,12 +21,14 @@ from rosa_func._torch import is_old_dynamo
 from rosa_func.weight.dense import Dense
 from rosa_func.weight.low_rank import LowRank
 from rosa_func.weight.parts import Base, Term, Weight, fixed, trainable
+from rosa_func.weight.past import Past
+from rosa_func.weight.quantised import QUANTISED
 from rosa_func.weight.rounding import compensation_dtype
 from rosa_func.weight.sparse_part import SparsePart
 
 # A new kind is a file beside these, and an entry here. Terms are folded in this order.
-BASES: list[Any] = [Dense]
-TERMS: list[Any] = [LowRank, SparsePart]
+BASES: list[Any] = [Dense, *QUANTISED.values()]
+TERMS: list[Any] = [LowRank, Past, SparsePart]
 
 Path = tuple[str, ...]
 _REQUIRED = ("frozen", "trainable", "input_dim")
@@ -182,6 +184,11 @@ def is_compensation(path: Path) -> bool:
     return path[0] == "compensation"
 
 
+def past_paths(state: TensorDict) -> list[Path]:
+    """Return the paths of past products, which a resample of a quantised weight adds or extends."""
+    return [("fixed", name, field) for name in read(state).adapted() for field in Past._fields]
+
+
 def _base(name: str, stored: Any) -> Base:
     if isinstance(stored, Tensor):
         return Dense(stored)
@@ -228,7 +235,10 @@ def _check_shapes(name: str, w: Weight) -> None:
 def _check_compensation(adapted: dict[str, Weight]) -> None:
     """Refuse a compensation that lacks a weight: it is kept for all of them, or all of 16 bit."""
     kept = {name: w.lost.dtype for name, w in adapted.items() if w.lost is not None}
-    default = {name: compensation_dtype(w.base.dtype, None) for name, w in adapted.items()}
+    default = {
+        name: None if w.base.coarse else compensation_dtype(w.base.dtype, None)
+        for name, w in adapted.items()
+    }
     as_default = kept and all(dtype == default[name] for name, dtype in kept.items())
     expected = [name for name in adapted if default[name]] if as_default else list(adapted)
     if missing := [name for name in expected if name not in kept]:
