@@ -24,6 +24,8 @@ T = TypeVar("T")
 class Merged(NamedTuple):
     """Dense weights, and how far from them those are that the model computed with.
 
+    Of `merge_into_dequantised` and `merge_into_master`.
+
     Attributes:
         weights: as of `merge`.
         errors: {name: |W - (R + A B)| / |W|}, Frobenius, of each adapted weight W.

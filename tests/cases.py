@@ -222,8 +222,8 @@ class Parts(NamedTuple):
             factors, base, lost, W = low_rank(w), w.base, w.lost, join(w)
             if self.base != "dense":
                 kept = torch.float64 if exact else None if lost is None else lost.dtype
-                if self.base in QUANTISED_BASES and not exact:
-                    kept = torch.float16
+                if self.base in QUANTISED_BASES:
+                    kept = torch.promote_types(kept or torch.float16, torch.float16)
                 like = BASES[self.base](W.to(w.base.dtype), w.is_batch())
                 base, lost = split(W, factors, like, kept)
             more = [at_start(W.to(w.base.dtype), w.is_batch()) for at_start in TERMS[self.terms]]

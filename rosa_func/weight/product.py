@@ -71,7 +71,7 @@ def folded(product: Callable[..., Tensor], x: Tensor, w: Weight, *others: Tensor
     """
     terms = tuple(term for term in w.terms if term.apply is None)
     w = w._replace(terms=terms)
-    is_stored = not terms and w.base.apply is not None
+    is_stored = len(terms) == 0 and w.base.apply is not None
     if is_stored or not is_eager() or is_autocast(x.device):
         return product(x, dense(w), *others)
     out: Tensor = _FormedAgain.apply(product, w, len(others), x, *others, *tensors(w))  # type: ignore[no-untyped-call]
