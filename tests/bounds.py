@@ -17,7 +17,9 @@ def merge_bound(W: Tensor, w: Weight) -> Tensor:
     if torch.finfo(W.dtype).bits > 16:
         bound = rounding_bound(W.view(matrices), R, A, B)
     else:
-        bound = rounding_bound_in_16_bit(W.view(matrices), R, A, B, w.lost is not None)
+        # A master may be that of a weight whose rounding was not kept.
+        is_kept = w.lost is not None and not w.base.coarse
+        bound = rounding_bound_in_16_bit(W.view(matrices), R, A, B, is_kept)
     return bound.view(W.shape).double() + storing_bound(w)
 
 
@@ -42,7 +44,10 @@ def storing_bound(w: Weight) -> Tensor:
 
 
 def master_bound(w: Weight) -> Tensor:
-    """Bound the rounding of a master: half a unit of what was taken, or half a subnormal step."""
+    """Bound the rounding of a master: half a unit of what was taken, or half a subnormal step.
+
+    That of W to a number of its dtype moves by as much once more.
+    """
     assert w.lost is not None
     info = torch.finfo(w.lost.dtype)
     return w.lost.double().abs() * info.eps + info.smallest_normal * info.eps

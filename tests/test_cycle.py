@@ -195,7 +195,9 @@ class TestDrift:
         state, start = case.state(), case.module().weight.detach().double()
         for step in range(100):
             state = rosa_func.resample(state, case.seed + step, sampler=case.sampler)
-        assert (unrounded(state) - start).norm() <= 1e-4 * start.norm()
+        # In float16 a master of small values has steps of 6e-8.
+        drift = 1e-3 if base in QUANTISED_BASES else 1e-4
+        assert (unrounded(state) - start).norm() <= drift * start.norm()
 
     @settings(max_examples=4)
     @given(cases(parts=st.just(Parts("int8")), dtypes=st.just(torch.float32)))
