@@ -69,6 +69,12 @@ class TestTwoProcesses:
             together, alone = process["of_other_parts"]
             assert together == alone
 
+    def test_processes_send_each_other_quantised_residuals(self, processes: Any):
+        """With a master, and with past products, of which there are more after a draw."""
+        for process in processes:
+            for together, alone in process["quantised"]:
+                assert together == alone
+
     def test_a_failed_draw_in_one_process_is_raised_in_both(self, processes: Any):
         assert processes[0]["failing"] == (
             "RuntimeError: another process could not resample; this is rank 0"

@@ -265,18 +265,22 @@ class TestMaster:
         for name, p in model.named_parameters():
             assert torch.equal(merged.weights[name], p)
 
-    @EVERY_KIND
-    def test_a_master_of_16_bits_keeps_small_changes(self, kind):
-        """Of bfloat16 a third of changes of 1e-5 were lost, of float16 none."""
-        model = layers()
-        state = state_of(model, kind, master=True)
-        W = model[0].weight.detach()
-        step = 1e-5 * W.norm() / randn(*W.shape).norm() * randn(*W.shape)
-        for key in range(20):
-            A, B = (state["trainable", "0.weight", factor] for factor in "AB")
-            B += torch.linalg.pinv(A) @ (step / 1)
+    def test_a_master_of_16_bits_keeps_small_changes(self):
+        """Of 50 changes of 1e-5 of W, bfloat16 kept 93%."""
+        model = nn.Linear(128, 96, bias=False)
+        model.load_state_dict({"weight": 1e-3 * randn(96, 128)})
+        W = model.weight.detach().double()
+        state, intended = state_of(model, master=True, key=1), torch.zeros_like(W)
+        direction = randn(96, 128, seed=1)
+        for key in range(50):
+            A, B = (state["trainable", "weight", factor] for factor in "AB")
+            dB = torch.linalg.pinv(A) @ direction
+            dB *= 1e-5 * W.norm() / (A @ dB).norm()
+            intended += A.double() @ ((B + dB).double() - B.double())
+            B += dB
             state = rosa_func.resample(state, key)
-        assert state["compensation", "0.weight"].dtype == torch.float16
+        change = quantised.merge_into_master(state).weights["weight"].double() - W
+        assert abs(float((change * intended).sum() / intended.square().sum()) - 1) <= 0.02
 
     @pytest.mark.parametrize("size", [1e-6, 1e5])
     def test_a_master_of_unusual_values_is_in_bfloat16(self, size):
