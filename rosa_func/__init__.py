@@ -25,6 +25,7 @@ checkpoint   states and runs in safetensors files; the change alone
 export       to plain modules, and to and from adapters of peft
 module       a state as an nn.Module, for the Trainer and DistributedDataParallel
 trainer      resampling and robust adaptation as callbacks of the Trainer (the extra "trainer")
+quantised    residuals in 4 or 8 bits a value: the merges of these, each with its error
 distributed  a resample, and a choice of support, shared by several processes
 """
 
@@ -45,7 +46,8 @@ from rosa_func.storage import keep_compensation
 from rosa_func.trainable import Count, count, named_parameters, parameters
 
 if TYPE_CHECKING:
-    from rosa_func import checkpoint, distributed, export, module, optim, samplers, sparse
+    from rosa_func import checkpoint, distributed, export, module, optim, quantised, samplers
+    from rosa_func import sparse as sparse
     from rosa_func import trainer as trainer
 
 __version__ = "0.1.0"
@@ -74,6 +76,7 @@ __all__ = [
     "optim",
     "parameters",
     "plan",
+    "quantised",
     "recompute",
     "resample",
     "samplers",
@@ -81,7 +84,10 @@ __all__ = [
     "sparse",
 ]
 
-_ROOMS = {"checkpoint", "distributed", "export", "module", "optim", "samplers", "sparse", "trainer"}
+_ROOMS = {
+    *("checkpoint", "distributed", "export", "module", "optim", "quantised", "samplers"),
+    *("sparse", "trainer"),
+}
 
 if not TYPE_CHECKING:  # or a type checker would take any name for one of ours
 

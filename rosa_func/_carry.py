@@ -24,7 +24,7 @@ def carry(
 ) -> dict[str, Slots]:
     """Return what an optimizer is to know of the leaves of a weight that was drawn again."""
     after: dict[str, Slots] = {}
-    for term, drawn in zip(old.terms, new.terms, strict=True):
+    for term, drawn in zip(_training(old), _training(new), strict=True):
         pairs = {
             f"{name}.{field}": (leaf, getattr(drawn, field))
             for field, leaf in trainable(term).items()
@@ -43,6 +43,11 @@ def carry(
         else:
             after |= hand_on(pairs, own, fraction)
     return after
+
+
+def _training(w: Weight) -> list[Term]:
+    """Return the terms of which something trains."""
+    return [term for term in w.terms if trainable(term)]
 
 
 def _goes_on(old: Term, new: Term) -> bool:

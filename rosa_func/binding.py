@@ -12,6 +12,7 @@ from rosa_func.drawing import Progress
 from rosa_func.patterns import Rank
 from rosa_func.samplers import Sampler
 from rosa_func.starting import init
+from rosa_func.storage import Master
 from rosa_func.targeting import Targets
 from rosa_func.weight.keeping import Place
 
@@ -34,6 +35,8 @@ def method(
     compensation: Place = None,
     donate: bool = False,
     progress: Progress = False,
+    quantize: str | None = None,
+    master: Master = None,
     **others: NoReturn,
 ) -> Method:
     """Bind the options of `init` and `resample` once, as optax binds init and update.
@@ -51,6 +54,8 @@ def method(
         compensation: as in `init`.
         donate: as in `init` and `resample`, for both.
         progress: as in `init`, for both.
+        quantize: as in `init`.
+        master: as in `init`.
         others: none, as in `init`.
 
     Returns:
@@ -75,6 +80,8 @@ def method(
             compensation=compensation,
             donate=donate,
             progress=progress,
+            quantize=quantize,
+            master=master,
         ),
         resample=partial(resample, r=r, sampler=sampler, donate=donate, progress=progress),
     )

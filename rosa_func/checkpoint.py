@@ -164,7 +164,7 @@ def delta(
     def changed(name: str) -> Factored:
         w, W0 = adapted[name], pretrained[name]
         shape = low_rank(w).shape
-        W = rounding.join(w).double().reshape(shape)
+        W = rounding.computed(w).double().reshape(shape)
         D = W - W0.reshape(shape).to(W)
         if name in sparse:
             D -= sparse[name].product(D.shape)

@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from rosa_func import keys, patterns, peft_names, samplers
-from rosa_func.drawing import Draw, Progress, check_draw, draw, draw_all
+from rosa_func.drawing import Draw, Progress, check_draw, draw, draw_all, draw_beside
 from rosa_func.patterns import Rank
 from rosa_func.samplers import Sampler
 from rosa_func.weight import Weight, read, rounding, write
@@ -42,6 +42,12 @@ def resample(
     updates. Frozen tensors that are not adapted are shared with the given state, which stays as it
     was; those trained in full are cloned.
 
+    A quantised residual is quantised again, by its master. Without one only samplers go on whose
+    product is zero at first (`samplers.additive`, `samplers.lora`): its codes stay as they are, as
+    do sparse parts, and the factors so far go on frozen beside the new ones,
+
+        W = R + A_1 B_1 + ... + A_k B_k    (so the rank of the frozen part grows by r a draw)
+
     Args:
         state: a state of `init` or `resample`, trained or not.
         key: any int; each weight draws from `fold_in(key, "resample", name)`. Pass another one
@@ -62,10 +68,11 @@ def resample(
 
     Raises:
         TypeError: if the key is not an int, or a rank has the wrong type.
-        ValueError: for a rank out of range, non-finite weights, no convergence (named), or states
-            that are stacked: resample each of them; or if a state is donated that
-            shares the memory of a residual, or of what trains in full, with a model, another
-            state or a graph that waits for its backward pass (named). Nothing is changed then.
+        ValueError: for a rank out of range, non-finite weights, no convergence (named); for states
+            that are stacked: resample each of them; for a residual that is quantised without a
+            master, with a sampler whose product is not zero; or if a state is donated that shares
+            the memory of a residual, or of what trains in full, with a model, another state or a
+            graph that waits for its backward pass (named). Nothing is changed then.
         KeyError: if an entry of the state is missing (named).
 
     Source: Hameed and Rabusseau 2023, "ROSA", algorithm 1.
@@ -125,7 +132,11 @@ def drawn_again(
             partial(keys.generator, key, "resample", name),
             kept_as(w),
         )
-        new = draw(how, rounding.join(w), w.base, w.terms, own=True)
+        W = rounding.join(w)
+        if w.base.coarse and w.lost is None:
+            new = draw_beside(how, W, w)
+        else:
+            new = draw(how, W, w.base, w.terms, own=True)
         new = new._replace(input_dim=w.input_dim.clone())  # on the device of the old one
         return handover.weight(name, w, new)
 
@@ -138,6 +149,9 @@ def merge(state: TensorDict) -> dict[str, Tensor]:
     """Return the dense weights, ready for `load_state_dict`.
 
         W = R + A B,    with a kept compensation c: W = R + c + A B, rounded once
+
+    These are the weights that `call` computes with. So a quantised residual goes in as it is,
+    without its master; see `rosa_func.quantised` for both.
 
     Tied weights come once, under their first name: pass `strict=False` to `load_state_dict` then.
     Tensors that are not adapted share their storage with the state.
@@ -163,7 +177,7 @@ def merge(state: TensorDict) -> dict[str, Tensor]:
 
     def merged(name: str) -> Tensor:
         w = adapted[name]
-        return rounding.join(w).to(w.base.dtype)
+        return rounding.computed(w).to(w.base.dtype)
 
     dense = dict(zip(adapted, map_weights(merged, adapted), strict=True))
     rest = {name: t.detach() for name, t in parts.frozen.items() if isinstance(t, Tensor)}

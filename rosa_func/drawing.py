@@ -16,6 +16,7 @@ from rosa_func.weight.keeping import Kept
 from rosa_func.weight.low_rank import LowRank
 from rosa_func.weight.parallel import map_weights
 from rosa_func.weight.parts import mapped
+from rosa_func.weight.past import with_past
 from rosa_func.weight.rounding import aligned, factor_dtype, split
 
 # (done, total, name) is called after each weight; or a bar, or nothing.
@@ -73,28 +74,38 @@ def draw(
         NotFiniteError: if W is not finite.
         ValueError: if the decomposition does not converge, or the sampler's factors do not fit.
     """
-    if not _all_finite(W):
-        raise NotFiniteError(how.name)
-    wide = W.to(factor_dtype(like.dtype))
-    if how.input_dim < 0:
-        batch = wide.flatten(0, -3)
-        pairs = [_factors(how, M, how.input_dim + 2, place) for place, M in enumerate(batch)]
-        A, B = (torch.stack(side) for side in zip(*pairs, strict=True))
-        lead = W.shape[:-2]
-        factors = LowRank(A.view(*lead, *A.shape[1:]), B.view(*lead, *B.shape[1:]))
-    else:
-        factors = LowRank(*_factors(how, wide.flatten(1), how.input_dim))
-    factors = aligned(factors)  # copies: a sampler may return views of W
+    factors = _drawn(how, W, like.dtype)
     base, lost = split(W, factors, like, how.kept, own)
-    if like.dtype == torch.float16 and not _all_finite(base.dense()):
-        raise ValueError(
-            f"the residual of {how.name} is beyond float16's largest value, 65504; use bfloat16"
-        )
+    if (like.coarse or like.dtype == torch.float16) and not _all_finite(base.dense()):
+        limit = "float16's largest value, 65504; use bfloat16"
+        if like.dtype != torch.float16:
+            limit = "what float32, in which it is quantised, can hold"
+        raise ValueError(f"the residual of {how.name} is beyond {limit}")
     # No views: as long as one is there, so is the memory of what it is a view of.
     base = mapped(base, Tensor.detach, base._fields)
     restarted = tuple(term.restarted() for term in terms if term.restarted is not None)
     input_dim = torch.tensor(how.input_dim, device=W.device)  # where all of the weight is
     return Weight(base, (factors, *restarted), input_dim, lost)
+
+
+def draw_beside(how: Draw, W: Tensor, w: Weight) -> Weight:
+    """Draw new factors whose product is zero beside what the weight is; the old ones stay as past.
+
+    It is for a base that takes too much to be stored again. All but the factors goes on as it is.
+
+    Raises:
+        NotFiniteError: if W, the weight, is not finite.
+        ValueError: as `draw`; or if the product is not zero.
+    """
+    factors = _drawn(how, W, w.base.dtype)
+    if factors.A.any() and factors.B.any():
+        raise ValueError(
+            f"{how.name} is quantised without a master, and {_called(how.sampler)} takes factors "
+            "out of it whose product is not zero: the rest would be quantised again, and the error "
+            "of that is added to the last one at each draw. Use init(..., master=...), or a "
+            "sampler that leaves the residual as it is, such as samplers.additive"
+        )
+    return with_past(w, factors)
 
 
 def draw_all(
@@ -138,6 +149,24 @@ def _told(progress: Progress, total: int) -> Iterator[Callable[[str], object]]:
         return
     done = count(1)
     yield lambda name: progress and progress(next(done), total, name)
+
+
+def _drawn(how: Draw, W: Tensor, dtype: torch.dtype) -> LowRank:
+    """Return factors for a weight of that dtype, copied: a sampler may return views of W."""
+    if not _all_finite(W):
+        raise NotFiniteError(how.name)
+    W = W.to(factor_dtype(dtype))
+    if how.input_dim >= 0:
+        return aligned(LowRank(*_factors(how, W.flatten(1), how.input_dim)))
+    batch = W.flatten(0, -3)
+    pairs = [_factors(how, M, how.input_dim + 2, place) for place, M in enumerate(batch)]
+    A, B = (torch.stack(side) for side in zip(*pairs, strict=True))
+    lead = W.shape[:-2]
+    return aligned(LowRank(A.view(*lead, *A.shape[1:]), B.view(*lead, *B.shape[1:])))
+
+
+def _called(sampler: Sampler) -> str:
+    return getattr(sampler, "__name__", repr(sampler))
 
 
 def _factors(how: Draw, W: Tensor, input_dim: int, *place: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ import copy
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, NoReturn
 
@@ -30,6 +30,7 @@ from rosa_func.weight.layout import (
     is_compensation,
     kept_apart,
     leaves,
+    past_paths,
     trains,
 )
 from rosa_func.weight.sharing import shared_state
@@ -121,12 +122,15 @@ class RosaModule(nn.Module):
         drop where they are those of other values.
         """
         given = entries(new)
-        if other := set(_shapes(given).items()) ^ set(_shapes(entries(self.state)).items()):
+        own, may_differ = self.state, set(past_paths(new))
+        before, after = (_shapes(each).items() for each in (entries(own), given))
+        if other := {item for item in set(before) ^ set(after) if item[0] not in may_differ}:
             raise ValueError(
                 "a RosaModule takes states whose entries have the names and shapes of its own, and "
                 f"{'.'.join(min(other)[0])} differs: make a RosaModule of this state"
             )
         apart = kept_apart(new)
+        self._follow_past(given)
         for path, value in given.items():
             table, last = self._table(path), self._slots[path][1]
             if trains(path):
@@ -267,6 +271,15 @@ class RosaModule(nn.Module):
         owner, _ = self._slots[path]
         return own_parameters(owner) if trains(path) else own_buffers(owner)
 
+    def _follow_past(self, given: Mapping[Path, Tensor]) -> None:
+        """Make room for past products of the shapes that are given, and for no others."""
+        device = next(self.parameters()).device
+        for path in past_paths(self.state):
+            if path in given:
+                self._register(path, torch.empty_like(given[path], device=device))
+            elif path in self._slots:
+                del self._table(path)[self._slots.pop(path)[1]]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RosaModule":
         """Move what the state does not hold as well: the skeleton's non-persistent buffers.
 
@@ -305,6 +318,8 @@ class RosaModule(nn.Module):
     def ready_to_load(self, given: dict[str, Any], prefix: str, *_: Any) -> None:
         """Let a state dict be loaded into memory that neither the state nor the model shares."""
         self.into_own_memory()
+        paths = [path for path in past_paths(self.state) if prefix + ".".join(path) in given]
+        self._follow_past({path: given[prefix + ".".join(path)] for path in paths})
         for path, (_owner, last) in self._slots.items():
             table = self._table(path)
             old, new = table[last], given.get(prefix + ".".join(path))

@@ -17,10 +17,11 @@ from rosa_func.extras import needs
 from rosa_func.forward import call
 from rosa_func.patterns import Rank
 from rosa_func.samplers import Sampler, Site
-from rosa_func.storage import Storage
+from rosa_func.storage import Master, Storage
 from rosa_func.targeting import Targets
 from rosa_func.trainable import parameters
 from rosa_func.weight import Parts, Weight, write
+from rosa_func.weight.keeping import Place
 from rosa_func.weight.layout import entries, is_compensation, trains
 from rosa_func.weight.low_rank import LowRank
 from rosa_func.weight.parallel import map_weights
@@ -77,6 +78,9 @@ def plan(
     train: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     exact: bool | None = None,
+    compensation: Place = None,
+    quantize: str | None = None,
+    master: Master = None,
 ) -> MemoryPlan:
     """Return what a state and a training step need of memory, without any of it being taken.
 
@@ -88,7 +92,7 @@ def plan(
     Args:
         model: an `nn.Module`, also on the meta device, or a transformers config whose
             `architectures` name a class.
-        r: as in `init`, as are `sampler`, `targets`, `train`, `exclude` and `exact`.
+        r: as in `init`, as are all options that are not named otherwise here.
         batch: rows and tokens of a batch for a transformers model with a language head; None for no
             step, unless `loss` is given.
         loss: in place of `batch`: (model, state) -> loss, with inputs on the meta device.
@@ -99,6 +103,9 @@ def plan(
         train: see `init`.
         exclude: see `init`.
         exact: see `init`.
+        compensation: see `init`; it is counted wherever it is kept.
+        quantize: see `init`.
+        master: see `init`; it is counted as compensation, wherever it is kept.
 
     Returns:
         Bytes by kind.
@@ -119,7 +126,7 @@ def plan(
     if batch is not None and loss is not None:
         raise ValueError("batch and loss are two ways to say what a step computes: pass one")
     check_draw(0, sampler)
-    storage = Storage(exact).check()
+    storage = Storage(exact, compensation, quantize, master).check()
     described = _on_meta(model, dtype)
     chosen = targeting.plan(described, r, targets, train, exclude)
     state = _described(described, chosen, sampler, storage)
@@ -207,7 +214,7 @@ def _described(
         lead = W.shape[:-2] if input_dim < 0 else ()
         m, n = (W if input_dim < 0 else W.flatten(1)).shape[-2:]
         A, B = (W.new_empty(*lead, *size, dtype=wide) for size in ((m, r), (r, n)))
-        base, lost = storage.like(W).store(W.to(wide) if is_split else W)
+        base, lost = storage.like(W, batch=input_dim < 0).store(W.to(wide) if is_split else W)
         if kept is not None:
             size = W.shape if lost is not None or is_split else torch.Size([0])
             lost = W.new_empty(size, dtype=kept.dtype)

@@ -20,7 +20,7 @@ from rosa_func.modules import skeleton, some
 from rosa_func.patterns import Rank
 from rosa_func.samplers import Sampler
 from rosa_func.starting import split_all
-from rosa_func.storage import Storage
+from rosa_func.storage import Master, Storage
 from rosa_func.targeting import Targets
 from rosa_func.weight.keeping import Place
 
@@ -38,6 +38,8 @@ def init_from(
     dtype: torch.dtype | None = None,
     compensation: Place = None,
     progress: Progress = False,
+    quantize: str | None = None,
+    master: Master = None,
     **others: NoReturn,
 ) -> tuple[nn.Module, TensorDict]:
     """Do what `init` does, reading the weights of a transformers checkpoint one by one.
@@ -65,6 +67,8 @@ def init_from(
         dtype: of the floating-point weights; None for that of the files.
         compensation: see `init`.
         progress: as in `init`.
+        quantize: see `init`.
+        master: see `init`.
         others: none, as in `init`.
 
     Returns:
@@ -91,7 +95,7 @@ def init_from(
     """
     peft_names.refuse(others)
     check_draw(key, sampler, progress)
-    storage = Storage(exact, compensation).check()
+    storage = Storage(exact, compensation, quantize, master).check()
     if dtype is not None and dtype not in _DTYPES.values():
         known = ", ".join(str(known) for known in _DTYPES.values())
         raise TypeError(f"dtype is None or one of {known}, got {dtype!r}")

@@ -200,7 +200,7 @@ def remove(state: TensorDict) -> TensorDict:
         A new state; all but the residuals is the given one's own.
 
     Raises:
-        ValueError: if no weight has a sparse part.
+        ValueError: if no weight has a sparse part, or one that has is quantised without a master.
 
     Example:
         >>> import rosa_func, torch
@@ -211,9 +211,18 @@ def remove(state: TensorDict) -> TensorDict:
     """
     parts = read(state)
     adapted = parts.adapted()
-    new = {name: absorbed(adapted[name], part) for name, part in sparse_parts(adapted).items()}
-    if not new:
+    found = sparse_parts(adapted)
+    if not found:
         raise ValueError("no weight of the state has a sparse part")
+    for name, part in found.items():
+        w = adapted[name]
+        if w.base.coarse and w.lost is None and part.values.any():
+            raise ValueError(
+                f"{name} is quantised without a master, so its sparse part cannot be merged into "
+                "its residual: that would be quantised again. Use init(..., master=...), or keep "
+                "the support that there is"
+            )
+    new = {name: absorbed(adapted[name], part) for name, part in found.items()}
     return write(parts._replace(frozen={**parts.frozen, **new}))
 
 

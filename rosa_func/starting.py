@@ -12,7 +12,7 @@ from rosa_func import keys, modules, peft_names, samplers, targeting
 from rosa_func.drawing import Draw, Progress, check_draw, draw, draw_all, refuse_non_finite
 from rosa_func.patterns import Rank
 from rosa_func.samplers import Sampler
-from rosa_func.storage import Storage
+from rosa_func.storage import Master, Storage
 from rosa_func.targeting import Plan, Targets
 from rosa_func.weight import Parts, Weight, write
 from rosa_func.weight.donating import emptying
@@ -35,6 +35,8 @@ def init(
     compensation: Place = None,
     donate: bool = False,
     progress: Progress = False,
+    quantize: str | None = None,
+    master: Master = None,
     **others: NoReturn,
 ) -> TensorDict:
     """Split each target weight into a frozen residual and a trainable product of rank r.
@@ -86,6 +88,13 @@ def init(
             (Ctrl-C) what was taken is merged back into the model, rounded as by `merge`.
         progress: True for a bar (tqdm), or a function that is called with (done, total, name) after
             each adapted weight.
+        quantize: how the residuals of the adapted weights are stored: None for as they are, "nf4"
+            (4 bits a value), "nf4_double" (its scales in 8 bits) or "int8"; in blocks of 64 with a
+            scale each, see `rosa_func.quantised`. A weight with rank 0 is quantised as it is.
+        master: where what quantising takes from R is kept, in 16 bits, or with exact=True so that
+            a merge into the master returns W bit for bit: None for nowhere, True for beside the
+            weight, "cpu" for the host, or a folder, in which it is memory-mapped. A `resample`
+            reads it, a forward pass does not.
         others: none; an argument of peft is answered with what says the same here.
 
     Returns:
@@ -98,13 +107,13 @@ def init(
     Raises:
         ValueError: for a rank out of range, a pattern without a match, a weight both adapted and
             in `train`, non-finite or meta weights, `max_norm` embeddings, 16-bit ones with sparse
-            gradients in `train`, nothing to train, or a decomposition that does not converge;
-            or if a model is donated that shares the memory of a weight in `targets` or `train` with
-            another model, a state or a graph that waits for its backward pass (named).
-        TypeError: for a model, rank, key, sampler, pattern, `exact`, `compensation`, `progress` or
-            weight of the wrong type or dtype, a model with adapters of peft or 8-bit layers of
-            bitsandbytes in it, or a quantised or sharded tensor in `targets` or `train` (elsewhere
-            it stays as it is).
+            gradients in `train`, nothing to train, a decomposition that does not converge, or
+            `quantize`, `master` and `compensation` that do not go together; or if a model is
+            donated that shares the memory of a weight in `targets` or `train` with another model, a
+            state or a graph that waits for its backward pass (named).
+        TypeError: for a model, rank, key, sampler, pattern, option or weight of the wrong type or
+            dtype, a model with adapters of peft or 8-bit layers of bitsandbytes in it, or a
+            quantised or sharded tensor in `targets` or `train` (elsewhere it stays as it is).
         OSError: if the folder for the compensation is gone, full, or not to be written to.
 
     Warns:
@@ -128,7 +137,7 @@ def init(
     modules.refuse_meta(model)
     modules.refuse_int8(model)
     check_draw(key, sampler, progress)
-    storage = Storage(exact, compensation).check()
+    storage = Storage(exact, compensation, quantize, master).check()
     plan = targeting.plan(model, r, targets, train, exclude)
     modules.refuse_sparse_gradients(model, plan.full)
     if donate:
@@ -177,7 +186,7 @@ def split_all(
         modules.refuse_wrapper(name, W)
         generator = partial(keys.generator, key, "init", name)
         how = Draw(name, r, sampler, input_dim, generator, storage.kept(W))
-        new = draw(how, W, storage.like(W))
+        new = draw(how, W, storage.like(W, batch=input_dim < 0))
         return new if take is None else take(W, new)
 
     full, dtypes = {}, {}

@@ -17,8 +17,10 @@ def merge_bound(W: Tensor, w: Weight) -> Tensor:
     if torch.finfo(W.dtype).bits > 16:
         bound = rounding_bound(W.view(matrices), R, A, B)
     else:
+        # A master may be that of a weight whose rounding was not kept.
+        is_kept = w.lost is not None and not w.base.coarse
         bound = rounding_bound_in_16_bit(
-            W.view(matrices), R, A, B, None if w.lost is None else w.lost.dtype
+            W.view(matrices), R, A, B, w.lost.dtype if is_kept else None
         )
     return bound.view(W.shape).double() + storing_bound(w)
 
@@ -28,16 +30,29 @@ def storing_bound(w: Weight) -> Tensor:
 
     An int8 base takes half a step. It may take a rounding of its largest value more: the scales are
     rounded. A compensation gives it back, up to its own rounding.
+
+    What a quantised base takes is bounded by a master that is, up to its own rounding, this.
     """
     if isinstance(w.base, Dense):
         return torch.zeros((), dtype=torch.float64)
-    assert isinstance(w.base, Int8)
+    if not isinstance(w.base, Int8):
+        return master_bound(w)
     eps = torch.finfo(w.base.dtype if w.lost is None else w.lost.dtype).eps
     steps = w.base.scales.double().expand(w.shape)
     tiny = torch.finfo(w.base.dtype).smallest_normal
     if w.lost is None:
         return steps * (0.5 + 130 * eps) + tiny
     return steps * 4 * eps + tiny * eps
+
+
+def master_bound(w: Weight) -> Tensor:
+    """Bound the rounding of a master: half a unit of what was taken, or half a subnormal step.
+
+    That of W to a number of its dtype moves by as much once more.
+    """
+    assert w.lost is not None
+    info = torch.finfo(w.lost.dtype)
+    return w.lost.double().abs() * info.eps + info.smallest_normal * info.eps
 
 
 def rounding_bound(W: Tensor, R: Tensor, A: Tensor, B: Tensor) -> Tensor:

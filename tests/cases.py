@@ -32,6 +32,7 @@ from rosa_func.weight import Base, Term, read, write
 from rosa_func.weight.dense import Dense
 from rosa_func.weight.keeping import Kept
 from rosa_func.weight.low_rank import low_rank
+from rosa_func.weight.quantised import QUANTISED
 from rosa_func.weight.rounding import SUPPORTED, factor_dtype, join, split
 from rosa_func.weight.sparse_part import SparsePart
 from toys import Int8, Scale
@@ -184,7 +185,12 @@ def sparse_at_start(W: Tensor, batch: bool) -> SparsePart:
     return SparsePart(torch.zeros(support.shape, dtype=factor_dtype(W.dtype)), support)
 
 
-BASES: dict[str, Callable[[Tensor], Base]] = {"dense": Dense, "int8": Int8.like}
+BASES: dict[str, Callable[[Tensor, bool], Base]] = {  # of a weight, and whether it is a batch
+    "dense": lambda W, batch: Dense(W),
+    "int8": lambda W, batch: Int8.like(W),
+    **{f"{name} in blocks": base.of for name, base in QUANTISED.items()},
+}
+QUANTISED_BASES = [name for name in BASES if name.endswith(" in blocks")]
 TERMS: dict[str, tuple[Callable[[Tensor, bool], Term], ...]] = {
     "low rank": (),
     "scaled": (Scale.at_start,),
@@ -208,7 +214,8 @@ class Parts(NamedTuple):
         """Make the weights of a state of `init` of these parts. The function stays the same.
 
         Except for what a base takes and no compensation keeps. `exact` is what `init` was given:
-        an exact compensation of a base that takes many bits is in float64, see `Int8`.
+        an exact compensation of a base that takes many bits is in float64, see `Int8`. A quantised
+        base has a master.
         """
         parts = read(state)
         weights = {}
@@ -216,7 +223,10 @@ class Parts(NamedTuple):
             factors, base, lost, W = low_rank(w), w.base, w.lost, join(w)
             if self.base != "dense":
                 kept = None if lost is None else Kept(torch.float64 if exact else w.base.dtype)
-                like = BASES[self.base](W.to(w.base.dtype))
+                if self.base in QUANTISED_BASES:
+                    dtype = torch.float16 if kept is None else kept.dtype
+                    kept = Kept(torch.promote_types(dtype, torch.float16))
+                like = BASES[self.base](W.to(w.base.dtype), w.is_batch())
                 base, lost = split(W, factors, like, kept)
             more = [at_start(W.to(w.base.dtype), w.is_batch()) for at_start in TERMS[self.terms]]
             weights[name] = w._replace(base=base, terms=(factors, *more), lost=lost)

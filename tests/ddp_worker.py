@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tensordict import TensorDict
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -184,10 +185,22 @@ def of_other_parts() -> list[str]:
     with registered():
         state = rosa_func.init(model, 2, targets="*weight", train="0.bias", exact=True)
         state = Parts("int8", "scaled and sparse").put_into(state, exact=True)
-        together, alone = distributed.resample(state, 1), rosa_func.resample(state, 1)
-        hashes = [distributed.check_equal(together), checkpoint.digest(alone)]
-        donated = distributed.resample(state, 1, donate=True)
-        return [*hashes, distributed.check_equal(donated)]
+        return of_both_resamples(state)
+
+
+def of_quantised_parts(master: bool | None) -> list[str]:
+    """Return the same of a quantised state, whose past products grow where it has no master."""
+    model = seeded(lambda: torch.nn.Sequential(torch.nn.Linear(6, 5), ExpertsInOneProduct(5, 4)))
+    state = rosa_func.init(model, 2, targets="*weight", quantize="nf4_double", master=master)
+    return of_both_resamples(state, samplers.random if master else samplers.additive)
+
+
+def of_both_resamples(state: TensorDict, sampler: samplers.Sampler = samplers.random) -> list[str]:
+    together = distributed.resample(state, 1, sampler=sampler)
+    alone = rosa_func.resample(state, 1, sampler=sampler)
+    hashes = [distributed.check_equal(together), checkpoint.digest(alone)]
+    donated = distributed.resample(state, 1, sampler=sampler, donate=True)
+    return [*hashes, distributed.check_equal(donated)]
 
 
 if __name__ == "__main__":
@@ -198,5 +211,6 @@ if __name__ == "__main__":
     results |= {"not_finite": not_finite(), "sent": sent()}
     results["begun"] = begun(rank)
     results["of_other_parts"] = of_other_parts()
+    results["quantised"] = [of_quantised_parts(master) for master in (None, True)]
     torch.save(results, Path(sys.argv[1]) / f"{rank}.pt")
     dist.destroy_process_group()

@@ -20,7 +20,7 @@ def main_output(result: Any) -> Tensor:
 def dense_weights(state: TensorDict) -> dict[str, Tensor]:
     """Form every weight R + A B with no code of the library; autograd goes through it.
 
-    With a sparse part and the toys, scale * (codes * scales + A B + S).
+    With a sparse part and the toys, scale * (codes * scales + A B + S); past products as A B.
     """
     weights = dict(state["frozen"].items())
     for name, value in state["trainable"].items():
@@ -29,8 +29,11 @@ def dense_weights(state: TensorDict) -> dict[str, Tensor]:
             weights[name] = value.to(like.dtype)
             continue
         R, entries = weights[name], dict(value.items())
-        W = R if isinstance(R, Tensor) else R["codes"].to(R["scales"].dtype) * R["scales"]
+        W = R if isinstance(R, Tensor) else dequantised(dict(R.items()))
         W = W + (entries["A"] @ entries["B"]).to(W.dtype).view(W.shape)
+        if "past_A" in state.get("fixed", {}).get(name, {}).keys():
+            past = state["fixed", name]
+            W = W + (past["past_A"] @ past["past_B"]).to(W.dtype).view(W.shape)
         if "values" in entries:
             values = entries["values"].to(W.dtype)
             support = state["fixed", name, "support"].long()
@@ -41,6 +44,46 @@ def dense_weights(state: TensorDict) -> dict[str, Tensor]:
             W = W * scale.view(*scale.shape, *(1 for _ in W.shape[scale.ndim :]))
         weights[name] = W
     return weights
+
+
+# Dettmers et al. 2023, "QLoRA", appendix E, in float32.
+NF4_LEVELS = [
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
+    *(0.7229568362236023, 1.0),
+]
+
+
+def dynamic_levels() -> np.ndarray:
+    """Return the levels of the scales of scales: 64, 32, ... 1 a decade, down from [0.1, 1]."""
+    levels = [np.float32(0), np.float32(1)]
+    for decade in range(7):
+        steps = torch.linspace(0.1, 1, 2**decade + 1).numpy()  # as torch rounds them
+        middles = (steps[1:] + steps[:-1]) / np.float32(2) * np.float32(10.0 ** (decade - 6))
+        levels += [*middles, *-middles]
+    return np.sort(np.array(levels, np.float32))
+
+
+def dequantised(fields: dict[str, Tensor]) -> Tensor:
+    """Return the residual of a base that is not dense."""
+    if "codes" in fields:  # of the toy
+        return fields["codes"].to(fields["scales"].dtype) * fields["scales"]
+    like = fields["like"]
+    shape = [size for size in like.shape if size]
+    scales = fields["scales"].numpy()
+    if "offset" in fields:
+        nested = np.repeat(fields["nested_scales"].numpy(), 256, -1)[..., : scales.shape[-1]]
+        scales = dynamic_levels()[scales] * nested + fields["offset"].numpy()
+    if "int8" in fields:
+        values = fields["int8"].numpy().astype(np.float32)
+    else:
+        pairs = fields["nf4"].numpy()
+        halves = np.stack([pairs // 16, pairs % 16], -1).reshape(*pairs.shape[:-1], -1)
+        values = np.array(NF4_LEVELS, np.float32)[halves]
+    values = values * np.repeat(scales, 64, -1).astype(np.float32)
+    size = int(np.prod(shape) / np.prod(values.shape[:-1]))
+    return torch.from_numpy(np.ascontiguousarray(values[..., :size])).view(shape).to(like.dtype)
 
 
 def perturbed(state: TensorDict, scale: float = 0.1, seed: int = 0) -> TensorDict:

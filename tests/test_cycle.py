@@ -16,6 +16,7 @@ from cases import (
     DTYPES,
     LAYOUTS,
     LINEAR,
+    QUANTISED_BASES,
     SEEDS,
     SIXTEEN_BIT_DTYPES,
     WIDE_DTYPES,
@@ -34,7 +35,7 @@ from references import (
     state_bytes,
     storage_pointers,
 )
-from rosa_func import samplers
+from rosa_func import quantised, samplers
 from rosa_func.weight import Weight, read
 from rosa_func.weight.layout import entries
 from rosa_func.weight.low_rank import low_rank
@@ -52,6 +53,9 @@ def only_weight(state: TensorDict) -> Weight:
 
 
 def merged_weight(state: TensorDict) -> Tensor:
+    """Return the only weight, with the master of a quantised one."""
+    if only_weight(state).base.coarse:
+        return quantised.merge_into_master(state).weights["weight"]
     return rosa_func.merge(state)["weight"]
 
 
@@ -86,7 +90,8 @@ class TestMergeReconstructs:
     @given(st.data())
     def test_merge_after_an_exact_init_returns_the_weights(self, dtype, data):
         case = data.draw(of_dtype(dtype).filter(can_be_exact))
-        module, merged = case.module(), rosa_func.merge(case.state(exact=True))
+        module, state = case.module(), case.state(exact=True)
+        merged = rosa_func.merge(state) | {"weight": merged_weight(state)}
         assert all(torch.equal(merged[name], p) for name, p in module.named_parameters())
         assert {name: t.dtype for name, t in merged.items()} == {
             name: p.dtype for name, p in module.named_parameters()
@@ -100,6 +105,7 @@ class TestMergeReconstructs:
         case = data.draw(of_dtype(dtype))
         state = case.state(exact)
         is_kept = exact or (exact is None and dtype in SIXTEEN_BIT_DTYPES)
+        is_kept = is_kept or case.parts.base in QUANTISED_BASES
         assert ("compensation" in state.keys()) == is_kept
         W = case.module().weight.detach()
         off = (merged_weight(state) - W).abs()
@@ -190,7 +196,9 @@ class TestDrift:
         state, start = case.state(), case.module().weight.detach().double()
         for step in range(100):
             state = rosa_func.resample(state, case.seed + step, sampler=case.sampler)
-        assert (unrounded(state) - start).norm() <= 1e-4 * start.norm()
+        # In float16 a master of small values has steps of 6e-8.
+        drift = 1e-3 if base in QUANTISED_BASES else 1e-4
+        assert (unrounded(state) - start).norm() <= drift * start.norm()
 
     @settings(max_examples=4)
     @given(cases(parts=st.just(Parts("int8")), dtypes=st.just(torch.float32)))

@@ -69,6 +69,12 @@ class TestTwoProcesses:
             together, alone, donated = process["of_other_parts"]
             assert together == alone == donated
 
+    def test_processes_send_each_other_quantised_residuals(self, processes: Any):
+        """With a master, and with past products, of which there are more after a draw."""
+        for process in processes:
+            for together, alone, donated in process["quantised"]:
+                assert together == alone == donated
+
     @pytest.mark.parametrize("how", ["failing", "failing, donated"])
     def test_a_failed_draw_in_one_process_is_raised_in_both(self, processes: Any, how: str):
         said, moved = processes[0][how]

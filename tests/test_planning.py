@@ -47,6 +47,15 @@ class TestSizes:
         assert plan.trainable == bytes_of(state, "trainable")
         assert plan.peak == plan.frozen + plan.compensation + plan.trainable
 
+    @pytest.mark.parametrize("quantize", ["nf4", "nf4_double", "int8"])
+    @pytest.mark.parametrize("master", [None, True])
+    def test_they_are_those_of_a_quantised_state(self, quantize: str, master: bool | None):
+        options: dict[str, Any] = {"quantize": quantize, "master": master}
+        state = rosa_func.init(gpt2(), 2, **options)
+        plan = rosa_func.plan(gpt2(), 2, **options)
+        assert plan.frozen == bytes_of(state, "frozen", "input_dim")
+        assert plan.compensation == bytes_of(state, "compensation")
+
     def test_a_config_says_as_much_as_a_model(self):
         model = gpt2()
         assert rosa_func.plan(model.config, 2)[:-1] == rosa_func.plan(model, 2)[:-1]

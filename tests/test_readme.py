@@ -9,7 +9,14 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "examples" / "guide"
-RUNS_ON = ["training", "saving", "trainer", "transforms", "robust"]  # from where the README ends
+RUNS_ON = [
+    "training",
+    "saving",
+    "trainer",
+    "transforms",
+    "robust",
+    "quantised",
+]  # from where the README ends
 
 
 def blocks(page: Path) -> list[str]:

@@ -18,7 +18,8 @@ class Int8(NamedTuple):
     codes: Tensor
     scales: Tensor
 
-    apply = None
+    apply = rows = None
+    coarse = False  # so a merge has what it took in it, where that is kept
 
     @classmethod
     def like(cls, W: Tensor) -> "Int8":

@@ -27,6 +27,15 @@ class Dense(NamedTuple):
         """The device of the weight."""
         return self.R.device
 
+    @property
+    def coarse(self) -> bool:
+        """It rounds to the weight's dtype, and takes no more."""
+        return False
+
+    @property
+    def rows(self) -> None:
+        """They are those of R."""
+
     def dense(self) -> Tensor:
         """Return R."""
         return self.R

@@ -54,12 +54,12 @@ def placed_like(old: Tensor, new: Tensor) -> Tensor:
     return Kept(new.dtype, place_of(old, old.device)).keep(new)
 
 
-def check_place(place: Place) -> Place:
+def check_place(place: Place, said: str = "compensation is") -> Place:
     """Return a place as `Kept` names it, after refusing what is none."""
     if place is None or place == HOST:
         return place
     if not isinstance(place, str | os.PathLike):
-        raise TypeError(f"compensation is None, 'cpu' or a folder, got {place!r}")
+        raise TypeError(f"{said} None, 'cpu' or a folder, got {place!r}")
     folder = os.path.abspath(place)
     _mapped(torch.empty(0), folder)
     return folder
@@ -84,6 +84,6 @@ def _mapped(tensor: Tensor, folder: str | os.PathLike[str]) -> Tensor:
             error.errno,
             f"a compensation of {len(values):,} bytes cannot be kept in {folder}: "
             f"{error.strerror}. Make the folder, or room in it, or choose another place: "
-            "compensation=... of init, or keep_compensation(state, ...)",
+            "compensation=... or master=... of init, or keep_compensation(state, ...)",
         ) from error
     return mapped[: tensor.numel()].view(tensor.shape)

@@ -22,13 +22,15 @@ from rosa_func.weight.dense import Dense
 from rosa_func.weight.keeping import kept_as
 from rosa_func.weight.low_rank import LowRank
 from rosa_func.weight.parts import Base, Term, Weight, fixed, trainable
+from rosa_func.weight.past import Past
+from rosa_func.weight.quantised import QUANTISED
 from rosa_func.weight.rounding import compensation_dtype
 from rosa_func.weight.sparse_part import SparsePart
 from rosa_func.weight.spent import refuse_spent
 
 # A new kind is a file beside these, and an entry here. Terms are folded in this order.
-BASES: list[Any] = [Dense]
-TERMS: list[Any] = [LowRank, SparsePart]
+BASES: list[Any] = [Dense, *QUANTISED.values()]
+TERMS: list[Any] = [LowRank, Past, SparsePart]
 
 Path = tuple[str, ...]
 _REQUIRED = ("frozen", "trainable", "input_dim")
@@ -198,6 +200,11 @@ def kept_apart(state: TensorDict) -> set[Path]:
     return {("compensation", name) for name, how in kept.items() if how and how.place}
 
 
+def past_paths(state: TensorDict) -> list[Path]:
+    """Return the paths of past products, which a resample of a quantised weight adds or extends."""
+    return [("fixed", name, field) for name in read(state).adapted() for field in Past._fields]
+
+
 def _base(name: str, stored: Any) -> Base:
     if isinstance(stored, Tensor):
         return Dense(stored)
@@ -244,12 +251,16 @@ def _check_shapes(name: str, w: Weight) -> None:
 def _check_compensation(adapted: dict[str, Weight]) -> None:
     """Refuse a compensation that lacks a weight: it is kept for all of them, or all of 16 bit."""
     kept = {name: w.lost.dtype for name, w in adapted.items() if w.lost is not None}
-    dtypes = {name: w.base.dtype for name, w in adapted.items()}
-    is_exact = any(dtype == compensation_dtype(dtypes[name], True) for name, dtype in kept.items())
-    default = [name for name, dtype in dtypes.items() if compensation_dtype(dtype, None)]
-    expected = default if kept and not is_exact else list(adapted)
+    by_default = {name: compensation_dtype(w.base.dtype, None) for name, w in adapted.items()}
+    is_default = kept and not any(_is_of_all(adapted[name].base, d) for name, d in kept.items())
+    expected = [name for name in adapted if by_default[name]] if is_default else list(adapted)
     if missing := [name for name in expected if name not in kept]:
         raise KeyError(
             f"the state lacks the compensation of {missing[0]} (a state of several dtypes cannot "
             "be cast by .to(dtype): cast the model, and use init)"
         )
+
+
+def _is_of_all(base: Base, dtype: torch.dtype) -> bool:
+    """Return whether a compensation in that dtype is a master, or one that makes merges exact."""
+    return base.coarse or dtype == compensation_dtype(base.dtype, True)

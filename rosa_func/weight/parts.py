@@ -33,6 +33,10 @@ class Base(Protocol):
     def device(self) -> torch.device:
         """Of the weight."""
 
+    @property
+    def coarse(self) -> bool:
+        """Whether storing takes more than rounding does; then `merge` leaves what it took out."""
+
     def dense(self) -> Tensor:
         """Return R, in the weight's shape and dtype."""
 
@@ -42,6 +46,10 @@ class Base(Protocol):
     @property
     def apply(self) -> Callable[[Tensor, bool, Tensor | None], Tensor] | None:
         """(x, flipped, bias) -> x R + bias, or x R^T + bias; None: `dense` is used."""
+
+    @property
+    def rows(self) -> Callable[[Tensor], Tensor] | None:
+        """(indices) -> the rows R[indices]; None: `dense` is used."""
 
     @property
     def select(self) -> "Callable[[Any], Base] | None":
@@ -192,14 +200,18 @@ def unbound(w: Weight) -> list[Weight]:
 
 
 def cast(term: Term, dtype: torch.dtype) -> Term:
-    """Return the term with what trains in that dtype."""
+    """Return the term with its values in that dtype; integers stay."""
     given: Any = term
     for value in given:
         if value.dtype != dtype:
             break
     else:
         return term  # the usual case
-    others = [field for field, value in trainable(term).items() if value.dtype != dtype]
+    others = [
+        field
+        for field, value in zip(term._fields, given, strict=True)
+        if value.dtype != dtype and value.is_floating_point()
+    ]
     return mapped(term, lambda field: field.to(dtype), others) if others else term
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rosa_func._torch import is_autocast, is_eager
+from rosa_func.weight import formed
 from rosa_func.weight.dense import Dense
 from rosa_func.weight.parts import Base, Weight, dense, pulled, rebuilt, tensors
 
@@ -46,7 +47,7 @@ def batched(x: Tensor, w: Weight, flipped: bool) -> Tensor:
     if any(term.apply is None for term in w.terms):
         out = folded(torch.matmul, x, w._replace(flipped=flipped))
     else:
-        out = _folded(w).apply(x, flipped, None)  # type: ignore[misc]
+        out = formed.applied(w.base, x, flipped, None)
     return _with_applied(w, x, flipped, out)
 
 
@@ -65,11 +66,13 @@ def grouped(product: Callable[..., Tensor], x: Tensor, w: Weight) -> Tensor:
 def folded(product: Callable[..., Tensor], x: Tensor, w: Weight, *others: Tensor) -> Tensor:
     """Return product(x, R, *others), with the terms in R that can only be folded in.
 
-    Where there are such, R is not kept for a backward, but formed again.
+    Where there are such, or R itself has to be formed, it is not kept for a backward, but formed
+    again.
     """
     terms = tuple(term for term in w.terms if term.apply is None)
     w = w._replace(terms=terms)
-    if not terms or not is_eager() or is_autocast(x.device):
+    is_stored = len(terms) == 0 and w.base.apply is not None
+    if is_stored or not is_eager() or is_autocast(x.device):
         return product(x, dense(w), *others)
     out: Tensor = _FormedAgain.apply(product, w, len(others), x, *others, *tensors(w))  # type: ignore[no-untyped-call]
     return out
@@ -109,7 +112,7 @@ def _with_applied(w: Weight, x: Tensor, flipped: bool, out: Tensor) -> Tensor:
 def _sum(x: Tensor, w: Weight, bias: Tensor | None, flipped: bool) -> Tensor:
     within = [term for term in w.terms if term.apply is None]
     if not within:
-        out = _folded(w).apply(x, flipped, bias)  # type: ignore[misc]
+        out = formed.applied(w.base, x, flipped, bias)
     else:
         last = within[-1]
         others = tuple(term for term in w.terms if term is not last)

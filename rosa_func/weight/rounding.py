@@ -71,6 +71,14 @@ def join(w: Weight) -> Tensor:
     return h if left is None else h + left
 
 
+def computed(w: Weight) -> Tensor:
+    """Return the weight that a model computes with, unrounded.
+
+    That is W, but for a base that takes more than rounding does: what that took is left out.
+    """
+    return join(w._replace(lost=None) if w.base.coarse else w)
+
+
 def absorbed(w: Weight, term: Term) -> Weight:
     """Return the weight without an additive term, which its base has taken in: R' = R + P.
 

@@ -74,7 +74,8 @@ def _embedding(
         return NotImplemented
     # torch.embedding ignores autocast, so the product of the factors does too.
     with without_autocast(w.device):
-        rows = func(indices, weight.base.dense())
+        base = weight.base
+        rows = func(indices, base.dense()) if base.rows is None else base.rows(indices)
         for term in weight.terms:
             more = term.rows(func, indices, w.shape)
             if padding_idx is not None:
