@@ -77,7 +77,7 @@ def adapt(
         for epoch, batches in enumerate(schedule(data, rate)):
             start = time.perf_counter()
             if name == "rosa" and epoch > 0:  # init has drawn the first subspaces
-                new = rosa_func.resample(state, key=epoch)
+                new = rosa_func.resample(state, key=epoch, donate=True)
                 rosa_func.optim.rebind(optimizer, state, new)
                 state = new
                 resamples.append(step)

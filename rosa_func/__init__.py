@@ -11,9 +11,10 @@ A state holds each adapted weight W as a frozen residual R and a trainable produ
 >>> optimizer = rosa_func.optim.rebind(optimizer, state, new)
 >>> weights = rosa_func.merge(new)  # dense, for model.load_state_dict
 
-Begin with: init, init_from, resample, merge, method.
+Begin with: init, init_from, resample, merge, method; plan says what it will cost.
 To compute: call, adapted, bind, compose, recompute, skeleton.
 To train:   parameters, named_parameters, count, fold_in.
+To place:   keep_compensation, of what rounding took from 16-bit weights.
 
 More is in rooms, each imported when it is first asked for, as rosa_func.optim:
 
@@ -37,9 +38,11 @@ from rosa_func.cycle import merge, resample
 from rosa_func.forward import adapted, bind, call, compose
 from rosa_func.keys import fold_in
 from rosa_func.modules import skeleton
+from rosa_func.planning import MemoryPlan, plan
 from rosa_func.pretrained import init_from
 from rosa_func.recomputing import recompute
 from rosa_func.starting import init
+from rosa_func.storage import keep_compensation
 from rosa_func.trainable import Count, count, named_parameters, parameters
 
 if TYPE_CHECKING:
@@ -52,6 +55,7 @@ __version__ = "0.1.0"
 # Without the trainer, so that `from rosa_func import *` needs no extra.
 __all__ = [
     "Count",
+    "MemoryPlan",
     "Method",
     "adapted",
     "bind",
@@ -64,12 +68,14 @@ __all__ = [
     "fold_in",
     "init",
     "init_from",
+    "keep_compensation",
     "merge",
     "method",
     "module",
     "named_parameters",
     "optim",
     "parameters",
+    "plan",
     "quantised",
     "recompute",
     "resample",

@@ -6,12 +6,14 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from rosa_func.keys import canonical
+from rosa_func import keys
+from rosa_func.modules import some
 from rosa_func.patterns import first_matches
-from rosa_func.weight import Parts
+from rosa_func.weight import Parts, Weight
 from rosa_func.weight.low_rank import low_rank
-from rosa_func.weight.sparse_part import sparse_parts
+from rosa_func.weight.sparse_part import sparse_part, sparse_parts
 
+_ACROSS = ("weight", "model")
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 Density = float | Mapping[str, float]
@@ -34,7 +36,7 @@ def budgets(shapes: Mapping[str, torch.Size], density: Density) -> dict[str, int
     if not isinstance(density, Mapping):
         found = dict.fromkeys(shapes, density)
     else:
-        named = {name: [name, canonical(name)] for name in shapes}
+        named = {name: [name, keys.canonical(name)] for name in shapes}
         found = first_matches(density, named, "densities", "density")
     for value in density.values() if isinstance(density, Mapping) else [density]:
         _check(value)
@@ -55,6 +57,19 @@ def _count(density: float, shape: torch.Size) -> int:
     return max(1, int(round(density * shape[-2] * shape[-1], 6)))
 
 
+def largest(scores: Mapping[str, Tensor], density: Density, across: str) -> dict[str, Tensor]:
+    """Return the places of the largest scores, each weight's or those of all weights."""
+    if across not in _ACROSS:
+        raise ValueError(f"across is one of {', '.join(_ACROSS)}, got {across!r}")
+    counts = budgets({name: score.shape for name, score in scores.items()}, density)
+    if bad := [name for name in counts if not scores[name].isfinite().all()]:
+        raise ValueError(f"the scores of {some(bad)} are not finite")
+    chosen = {name: scores[name] for name in counts}
+    if across == "model":
+        return largest_of_all(chosen, counts)
+    return {name: largest_of_each(score, counts[name]) for name, score in chosen.items()}
+
+
 def largest_of_each(scores: Tensor, k: int) -> Tensor:
     """Return the places of the k largest of each matrix, rising; of equal ones the first."""
     matrices = scores.detach().flatten(-2)
@@ -67,6 +82,19 @@ def _largest(row: Tensor, k: int) -> Tensor:
     least = row.topk(k, sorted=False).values.min()
     above, equal = (row > least).nonzero().squeeze(1), (row == least).nonzero().squeeze(1)
     return torch.cat([above, equal[: k - len(above)]]).sort().values
+
+
+def drawn(shapes: Mapping[str, torch.Size], density: Density, key: int) -> dict[str, Tensor]:
+    """Return places at random, of each matrix its own."""
+    found = {}
+    for name, k in budgets(shapes, density).items():
+        *lead, m, n = shapes[name]
+        each = [
+            at_random(m * n, k, keys.generator(key, "support", name, *place))
+            for place in (((e,) for e in range(torch.Size(lead).numel())) if lead else [()])
+        ]
+        found[name] = checked(name, torch.stack(each).view(*lead, k), shapes[name])
+    return found
 
 
 def at_random(size: int, k: int, generator: torch.Generator) -> Tensor:
@@ -112,6 +140,25 @@ def without_score(scores: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> 
         if many := int(taken[taken < zero.sum(-1)].sum()):
             named.append(f"{name} ({many} of {places.numel()})")
     return named
+
+
+def fitting(support: Mapping[str, Tensor], adapted: Mapping[str, Weight]) -> dict[str, Tensor]:
+    """Return a support of weights without a sparse part, each sorted, or say what is wrong."""
+    if not isinstance(support, Mapping):
+        raise TypeError(
+            f"a support is a mapping from names to places, got {type(support).__name__}"
+        )
+    if not support:
+        raise KeyError("the support has no weight in it")
+    found = {}
+    for name, places in support.items():
+        if name not in adapted:
+            raise KeyError(f"{name} has a support, and is no adapted weight of the state")
+        w = adapted[name]
+        if sparse_part(w) is not None:
+            raise ValueError(f"{name} has a sparse part: sparse.remove(state) merges it into R")
+        found[name] = checked(name, places, torch.Size(low_rank(w).shape))
+    return found
 
 
 def checked(name: str, places: Tensor, shape: torch.Size) -> Tensor:

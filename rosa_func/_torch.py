@@ -1,5 +1,6 @@
 """The parts of torch that are needed and have no public name, all in one place."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -12,7 +13,8 @@ from torch._C import DisableTorchFunctionSubclass as without_torch_function
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn.modules.conv import _ConvNd as Convolution
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "FOLLOWS_PARAMETERS_OF_A_SUBCLASS",
@@ -20,9 +22,13 @@ __all__ = [
     "GROUPED_PRODUCTS",
     "STATE_DICT_HOOKS",
     "TENSOR_TABLES",
+    "VALUE_OF",
     "VIEWED",
     "Convolution",
+    "TorchDispatchMode",
+    "address",
     "are_transforms_off",
+    "base_of",
     "content_tables",
     "counting_writes",
     "hook_tables",
@@ -36,6 +42,7 @@ __all__ = [
     "is_traced",
     "is_wrapped",
     "is_wrapper",
+    "memory_holders",
     "memory_of",
     "move",
     "move_by",
@@ -45,7 +52,11 @@ __all__ = [
     "own_modules",
     "own_parameters",
     "own_persistent_buffers",
+    "own_tables",
+    "tensor_holders",
+    "tree_leaves",
     "tree_map",
+    "turn_into",
     "version",
     "without_autocast",
     "without_torch_function",
@@ -69,6 +80,8 @@ GROUPED_PRODUCTS: list[Callable[..., Tensor]] = [
 
 # A tensor of which another is a view. To go on asking for it ends only if each answer is its own.
 VIEWED = Tensor._base.__get__  # type: ignore[union-attr]
+# The operator by which code asks for the value of a tensor, as `.item()` and `if` do.
+VALUE_OF = torch.ops.aten._local_scalar_dense.default
 
 
 def operator_name(function: Any) -> str | None:
@@ -158,6 +171,63 @@ def is_alias(one: Tensor, other: Tensor) -> bool:
     return answer
 
 
+def address(tensor: Tensor) -> int:
+    """Return where the memory of a tensor begins, 0 if it has none of its own."""
+    if is_wrapper(tensor) or tensor.layout is not torch.strided:
+        return 0
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # of a transform, a mode, or a lazy module
+        return 0
+
+
+def memory_holders(tensor: Tensor) -> int:
+    """Return how many tensors hold the memory of this one; 1 where this torch does not say."""
+    return _holders_of_memory(tensor) - _MEMORY_ALONE + 1
+
+
+def tensor_holders(tensor: Tensor) -> int:
+    """Return how many hold a tensor itself: Python, and each graph that has to go back.
+
+    1 where this torch does not say.
+    """
+    return _holders_of_tensor(tensor) - _TENSOR_ALONE + 1
+
+
+def base_of(tensor: Tensor) -> Tensor | None:
+    """Return what a tensor is a view of, None if it is none, or if others than views know that."""
+    return None if _references_to_base(tensor) > _BASE_ALONE else VIEWED(tensor)
+
+
+def _references_to_base(tensor: Tensor) -> int:
+    base = VIEWED(tensor)
+    return 0 if base is None else sys.getrefcount(base)
+
+
+def _holders_of_memory(tensor: Tensor) -> int:
+    storage, count = tensor.untyped_storage(), getattr(torch._C, "_storage_Use_Count", None)
+    return 1 if count is None else count(storage._cdata)
+
+
+def _holders_of_tensor(tensor: Tensor) -> int:
+    count = getattr(tensor, "_use_count", None)
+    return 1 if count is None else count()
+
+
+# What is counted of a tensor that nothing else knows.
+_MEMORY_ALONE = _holders_of_memory(torch.empty(1, device="cpu"))
+_BASE_ALONE = _references_to_base(torch.empty(1, device="cpu").view(1))
+_TENSOR_ALONE = _holders_of_tensor(torch.empty(1, device="cpu"))
+
+
+def turn_into(tensor: Tensor, kind: type[Tensor]) -> None:
+    """Give a tensor another class; a parameter stays one."""
+    is_parameter = isinstance(tensor, nn.Parameter)
+    tensor.__class__ = kind
+    if is_parameter:
+        tensor._is_param = True
+
+
 def written(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Return what an operator of torch.ops writes to."""
     parameters = operator._schema.arguments
@@ -212,6 +282,11 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     return module._buffers
 
 
+def own_tables(module: nn.Module) -> tuple[Any, Any]:
+    """Return the two tables of a module's own tensors, None for one that it does not have yet."""
+    return vars(module).get("_parameters"), vars(module).get("_buffers")
+
+
 def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
     """Return the table of a module's children."""
     return module._modules
@@ -234,3 +309,13 @@ def own_persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, buffer in module._buffers.items():
         if buffer is not None and name not in module._non_persistent_buffers_set:
             yield name, buffer
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Return attention as it is computed on a CPU, also on the meta device.
+
+    There `scaled_dot_product_attention` itself takes a way that holds all scores.
+    """
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out: Tensor = flash(q, k, v, 0.0, is_causal, attn_mask=mask)[0]
+    return out

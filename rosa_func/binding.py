@@ -8,11 +8,13 @@ from tensordict import TensorDict
 
 from rosa_func import peft_names, samplers
 from rosa_func.cycle import resample
+from rosa_func.drawing import Progress
 from rosa_func.patterns import Rank
 from rosa_func.samplers import Sampler
 from rosa_func.starting import init
 from rosa_func.storage import Master
 from rosa_func.targeting import Targets
+from rosa_func.weight.keeping import Place
 
 
 class Method(NamedTuple):
@@ -30,6 +32,9 @@ def method(
     train: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     exact: bool | None = None,
+    compensation: Place = None,
+    donate: bool = False,
+    progress: Progress = False,
     quantize: str | None = None,
     master: Master = None,
     **others: NoReturn,
@@ -46,6 +51,9 @@ def method(
         train: as in `init`.
         exclude: as in `init`.
         exact: as in `init`.
+        compensation: as in `init`.
+        donate: as in `init` and `resample`, for both.
+        progress: as in `init`, for both.
         quantize: as in `init`.
         master: as in `init`.
         others: none, as in `init`.
@@ -69,8 +77,11 @@ def method(
             train=train,
             exclude=exclude,
             exact=exact,
+            compensation=compensation,
+            donate=donate,
+            progress=progress,
             quantize=quantize,
             master=master,
         ),
-        resample=partial(resample, r=r, sampler=sampler),
+        resample=partial(resample, r=r, sampler=sampler, donate=donate, progress=progress),
     )

@@ -36,7 +36,8 @@ def save(path: str | os.PathLike[str], state: TensorDict, **extra: Any) -> None:
         extra: what else a run needs: tensors, numpy arrays and scalars, numbers, strings, paths,
             `torch.Size` and None, nested in lists, tuples, dicts (of any such keys) and
             TensorDicts. So `optimizer.state_dict()`, a scheduler's, `torch.get_rng_state()` and
-            `np.random.get_state()` can be passed as they are.
+            `np.random.get_state()` can be passed as they are. A number or a string of a subclass
+            comes back as a plain one: `torch.__version__`, or a member of an Enum of strings.
 
     Raises:
         TypeError: if the state is not a TensorDict, or extra holds anything else, such as a

@@ -1,5 +1,6 @@
 """The life of a state after `init`: resample, merge."""
 
+from contextlib import nullcontext
 from functools import partial
 from typing import NoReturn
 
@@ -7,13 +8,15 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from rosa_func import keys, patterns, peft_names, samplers
-from rosa_func.drawing import Draw, check_draw, draw, draw_all, draw_beside
+from rosa_func.drawing import Draw, Progress, check_draw, draw, draw_all, draw_beside
 from rosa_func.patterns import Rank
 from rosa_func.samplers import Sampler
 from rosa_func.weight import Weight, read, rounding, write
+from rosa_func.weight.donating import APART, Handover, handing_over
 from rosa_func.weight.keeping import kept_as
 from rosa_func.weight.low_rank import low_rank
 from rosa_func.weight.parallel import map_weights
+from rosa_func.weight.sharing import shared_state
 
 
 def resample(
@@ -22,6 +25,8 @@ def resample(
     *,
     r: Rank | None = None,
     sampler: Sampler = samplers.random,
+    donate: bool = False,
+    progress: Progress = False,
     **others: NoReturn,
 ) -> TensorDict:
     """Merge each adapted weight and draw a new subspace for it; the function stays the same.
@@ -49,6 +54,13 @@ def resample(
             each time, such as the step.
         r: None for the ranks as they are, or a new one as in `init`.
         sampler: as in `init`; it need not be the one that drew the state.
+        donate: whether the new state may take the memory of the given one, weight by weight, so
+            that there is no second copy of the residuals. The bits are the same. The given state
+            is spent then: it may be passed to `optim.rebind`, and any other use is an error. No
+            other thread may use it meanwhile. After an exception half-way (Ctrl-C) it is whole, and
+            computes the same: each weight is the old or the new one, in the same tensors, and the
+            gradients of new factors are dropped. An optimizer of it should start again then.
+        progress: as in `init`.
         others: none, as in `init`.
 
     Returns:
@@ -57,8 +69,10 @@ def resample(
     Raises:
         TypeError: if the key is not an int, or a rank has the wrong type.
         ValueError: for a rank out of range, non-finite weights, no convergence (named), states
-            that are stacked: resample each of them; or a residual that is quantised without a
-            master, with a sampler whose product is not zero.
+            that are stacked: resample each of them; a residual that is quantised without a
+            master, with a sampler whose product is not zero; or if a state is donated that
+            shares the memory of a residual, or of what trains in full, with a model, another
+            state or a graph that waits for its backward pass (named). Nothing is changed then.
         KeyError: if an entry of the state is missing (named).
 
     Source: Hameed and Rabusseau 2023, "ROSA", algorithm 1.
@@ -72,7 +86,31 @@ def resample(
         True
     """
     peft_names.refuse(others)
-    check_draw(key, sampler)
+    check_draw(key, sampler, progress)
+    if donate:
+        refuse_shared(state)
+    with handing_over("resample") if donate else nullcontext(APART) as handover:
+        return drawn_again(state, key, r, sampler, handover, progress)
+
+
+def refuse_shared(state: TensorDict) -> None:
+    """Refuse to donate a state whose memory something else needs."""
+    if (sharer := shared_state(state)) is not None:
+        raise ValueError(
+            f"{sharer}: the state cannot be donated; let the other go (rosa_func.skeleton(model) "
+            "is a model without weights), or leave donate out"
+        )
+
+
+def drawn_again(
+    state: TensorDict,
+    key: int,
+    r: Rank | None,
+    sampler: Sampler,
+    handover: Handover,
+    progress: Progress = False,
+) -> TensorDict:
+    """Do what `resample` does, with a `handover` of the old parts."""
     parts = read(state)
     adapted = parts.adapted()
     named = {name: [name, keys.canonical(name)] for name in adapted}
@@ -92,17 +130,16 @@ def resample(
             sampler,
             int(w.input_dim),
             partial(keys.generator, key, "resample", name),
-            kept_as(w.lost),
+            kept_as(w),
         )
-        W = rounding.join(w)
+        dim = w.input_dim.clone()  # on the device of the old one
         if w.base.coarse and w.lost is None:
-            new = draw_beside(how, W, w)
-        else:
-            new = draw(how, W, w.base, w.terms, own=True)
-        return new._replace(input_dim=w.input_dim.clone())  # on the device of the old one
+            return draw_beside(how, rounding.join(w), w)._replace(input_dim=dim)
+        new = draw(how, rounding.join(w), w.base, w.terms, own=True)._replace(input_dim=dim)
+        return handover.weight(name, w, new)
 
-    full = {name: value.detach().clone() for name, value in parts.full.items()}
-    weights = draw_all(redrawn, adapted, full)
+    weights = draw_all(redrawn, adapted, parts.full, progress)
+    full = {name: handover.leaf(name, value) for name, value in parts.full.items()}
     return write(parts._replace(frozen={**parts.frozen, **weights}, full=full))
 
 

@@ -1,6 +1,7 @@
 """What several processes do to one state, for DistributedDataParallel."""
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 from rosa_func import cycle, samplers, sparse
 from rosa_func._supports import Density
 from rosa_func.checkpoint import digest
+from rosa_func.drawing import check_draw
 from rosa_func.samplers import Sampler
-from rosa_func.weight import Parts, read, write
-from rosa_func.weight.layout import Path, entries, from_entries, is_drawn
+from rosa_func.weight import Parts, Weight, read, write
+from rosa_func.weight.donating import APART, Handover, handing_over
+from rosa_func.weight.keeping import kept_as
+from rosa_func.weight.layout import Path, entries, from_entries, is_compensation, is_drawn
 from rosa_func.weight.sparse_part import sparse_parts
 
 Entries = dict[Path, Tensor]
@@ -25,6 +29,7 @@ def resample(
     *,
     sampler: Sampler = samplers.random,
     group: dist.ProcessGroup | None = None,
+    donate: bool = False,
 ) -> TensorDict:
     """Do `resample` in all processes of a group, each decomposing its share of the weights.
 
@@ -38,6 +43,8 @@ def resample(
         sampler: as in `resample`.
         group: None for all processes. Without torch.distributed initialised, or alone in the group,
             this is `resample`.
+        donate: as in `resample`, the same in every process. After an exception half-way each has a
+            state that is whole and computes the same; but one may have drawn where another has not.
 
     Returns:
         A new state, as of `resample`.
@@ -52,43 +59,77 @@ def resample(
         >>> new = rosa_func.distributed.resample(state, 1)
     """
     if _is_alone(group):
-        return cycle.resample(state, key, sampler=sampler)
+        return cycle.resample(state, key, sampler=sampler, donate=donate)
+    with handing_over("resample") if donate else nullcontext(APART) as handover:
+        return drawn_again(state, key, sampler, handover, group, is_checked=not donate)
+
+
+def drawn_again(
+    state: TensorDict,
+    key: int,
+    sampler: Sampler,
+    handover: Handover,
+    group: dist.ProcessGroup | None = None,
+    *,
+    is_checked: bool = True,
+) -> TensorDict:
+    """Do what `resample` does, with a `handover` of the old parts."""
+    if _is_alone(group):
+        return cycle.drawn_again(state, key, None, sampler, handover)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     parts = read(state)
     adapted = parts.adapted()
-    share = list(adapted)[rank::size]
-    own: Entries = {}
+    own: dict[str, Weight] = {}
     failure: Exception | None = None
     try:
-        part = write(Parts({name: adapted[name] for name in share}, parts.full))
-        found = entries(cycle.resample(part, key, sampler=sampler))
-        own = {path: t for path, t in found.items() if is_drawn(path) and path[1] in adapted}
+        check_draw(key, sampler)
+        if not is_checked:
+            cycle.refuse_shared(state)
+        share: dict[str, Any] = {name: adapted[name] for name in list(adapted)[rank::size]}
+        drawn = cycle.drawn_again(write(Parts(share, parts.full)), key, None, sampler, handover)
+        own = read(drawn).adapted()
     except Exception as error:  # raised below, once the others know of it
         failure = error
     # The entries of a weight are the same in every process; only its owner knows their shapes.
     news: list[Any] = [None] * size
-    known = {path: (tensor.dtype, tensor.shape) for path, tensor in own.items()}
+    known = {
+        name: {path: (t.dtype, t.shape) for path, t in entries(_of_one(name, w)).items()}
+        for name, w in own.items()
+    }
     dist.all_gather_object(news, None if failure else known, group)
     if any(each is None for each in news):
         raise failure or RuntimeError(f"another process could not resample; this is rank {rank}")
-    new: Entries = {}
+    new: dict[str, Weight] = {}
     for owner, each in enumerate(news):
         source = owner if group is None else dist.get_global_rank(group, owner)
-        for path, (dtype, shape) in each.items():
-            # Where its owner has it, too: backends of GPUs send nothing that is on the host.
-            place = adapted[path[1]].base.device
-            new[path] = (
-                own[path].to(place).contiguous()
-                if owner == rank
-                else torch.empty(shape, dtype=dtype, device=place)
-            )
-            if shape.numel():
-                dist.broadcast(new[path], source, group)
-    given = entries(write(Parts(dict(adapted), {})))
-    new |= {path: tensor.clone() for path, tensor in given.items() if not is_drawn(path)}
-    drawn = read(from_entries(new)).adapted()
-    full = {name: value.detach().clone() for name, value in parts.full.items()}
-    return write(parts._replace(frozen={**parts.frozen, **drawn}, full=full))
+        for name, shapes in each.items():
+            mine = entries(_of_one(name, own[name])) if owner == rank else {}
+            sent: Entries = {}
+            for path, (dtype, shape) in shapes.items():
+                if not is_drawn(path):
+                    sent[path] = entries(_of_one(name, adapted[name]))[path].clone()
+                    continue
+                # Where its owner has it, too: backends of GPUs send nothing that is on the host.
+                place = adapted[name].base.device
+                sent[path] = (
+                    mine[path].to(place).contiguous()
+                    if owner == rank
+                    else torch.empty(shape, dtype=dtype, device=place)
+                )
+                if shape.numel():
+                    dist.broadcast(sent[path], source, group)
+                kept = kept_as(adapted[name])
+                if is_compensation(path) and kept is not None:
+                    sent[path] = mine[path] if owner == rank else kept.keep(sent[path])
+            found = read(from_entries(sent)).adapted()[name]
+            new[name] = found if owner == rank else handover.weight(name, adapted[name], found)
+    full = read(drawn).full
+    return write(parts._replace(frozen={**parts.frozen, **new}, full=full))
+
+
+def _of_one(name: str, w: Weight) -> TensorDict:
+    """Return the state of one weight."""
+    return write(Parts({name: w}, {}))
 
 
 def begin(

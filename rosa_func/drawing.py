@@ -1,19 +1,26 @@
 """A draw: new factors for one weight, and for all of them at once."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rosa_func import keys, samplers
+from rosa_func.extras import needs
 from rosa_func.samplers import Sampler, Site
 from rosa_func.weight import Base, Term, Weight
 from rosa_func.weight.keeping import Kept
 from rosa_func.weight.low_rank import LowRank
 from rosa_func.weight.parallel import map_weights
+from rosa_func.weight.parts import mapped
 from rosa_func.weight.past import with_past
 from rosa_func.weight.rounding import aligned, factor_dtype, split
+
+# (done, total, name) is called after each weight; or a bar, or nothing.
+Progress = bool | Callable[[int, int, str], object]
 
 
 class Draw(NamedTuple):
@@ -41,10 +48,14 @@ class NotFiniteError(ValueError):
     """A weight has NaN or infinite values."""
 
 
-def check_draw(key: int, sampler: Sampler) -> None:
-    """Refuse a key or a sampler of the wrong type."""
+def check_draw(key: int, sampler: Sampler, progress: Progress = False) -> None:
+    """Refuse a key, a sampler or a progress of the wrong type."""
     keys.check_key(key)
     samplers.check_sampler(sampler)
+    if not isinstance(progress, bool) and not callable(progress):
+        raise TypeError(
+            f"progress is True, False or a function of (done, total, name), got {progress!r}"
+        )
 
 
 def draw(
@@ -64,12 +75,14 @@ def draw(
         ValueError: if the decomposition does not converge, or the sampler's factors do not fit.
     """
     factors = _drawn(how, W, like.dtype)
-    base, lost = split(W, factors, like, None if how.kept is None else how.kept.dtype, own)
+    base, lost = split(W, factors, like, how.kept, own)
     if (like.coarse or like.dtype == torch.float16) and not _all_finite(base.dense()):
         limit = "float16's largest value, 65504; use bfloat16"
         if like.dtype != torch.float16:
             limit = "what float32, in which it is quantised, can hold"
         raise ValueError(f"the residual of {how.name} is beyond {limit}")
+    # No views: as long as one is there, so is the memory of what it is a view of.
+    base = mapped(base, Tensor.detach, base._fields)
     restarted = tuple(term.restarted() for term in terms if term.restarted is not None)
     input_dim = torch.tensor(how.input_dim, device=W.device)  # where all of the weight is
     return Weight(base, (factors, *restarted), input_dim, lost)
@@ -96,7 +109,10 @@ def draw_beside(how: Draw, W: Tensor, w: Weight) -> Weight:
 
 
 def draw_all(
-    work: Callable[[str], Weight], names: Collection[str], full: dict[str, Tensor]
+    work: Callable[[str], Weight],
+    names: Collection[str],
+    full: dict[str, Tensor],
+    progress: Progress = False,
 ) -> dict[str, Weight]:
     """Return {name: work(name)}; refuse all weights that are not finite at once, `full` too."""
 
@@ -106,18 +122,33 @@ def draw_all(
         except NotFiniteError as error:
             return error
 
-    weights, bad = {}, []
-    for name, found in zip(names, map_weights(attempt, names), strict=True):
-        if isinstance(found, NotFiniteError):
-            bad.append(name)
-        else:
-            weights[name] = found
-    bad += [name for name, value in full.items() if not _all_finite(value)]
+    with _told(progress, len(names)) as tell:
+        found = dict(zip(names, map_weights(attempt, names, tell), strict=True))
+    weights = {name: w for name, w in found.items() if isinstance(w, Weight)}
+    refuse_non_finite([name for name in found if name not in weights], full)
+    return weights
+
+
+def refuse_non_finite(found: list[str], others: Mapping[str, Tensor]) -> None:
+    """Refuse weights that were found not to be finite, and tensors that are not, by name."""
+    bad = found + [name for name, value in others.items() if not _all_finite(value.detach())]
     if bad:
         raise ValueError(
             f"{', '.join(bad)}: non-finite values; load other weights, or lower the learning rate"
         )
-    return weights
+
+
+@contextmanager
+def _told(progress: Progress, total: int) -> Iterator[Callable[[str], object]]:
+    """Yield what is to be called with each name when its weight is done."""
+    if progress is True:
+        with needs("examples"):
+            from tqdm import tqdm  # type: ignore[import-untyped]
+        with tqdm(total=total, unit="weight") as bar:
+            yield lambda name: bar.update()
+        return
+    done = count(1)
+    yield lambda name: progress and progress(next(done), total, name)
 
 
 def _drawn(how: Draw, W: Tensor, dtype: torch.dtype) -> LowRank:

@@ -77,8 +77,9 @@ def call(model: nn.Module, state: TensorDict, /, *args: Any, **kwargs: Any) -> A
     It is `functional_call(model, compose(state), args, kwargs)`, checked, and on a copy of the
     model's modules (see `adapted`): several threads may call one model, and what the forward pass
     writes to buffers (the statistics of BatchNorm) or sets as attributes is dropped. To write to a
-    frozen parameter is an error afterwards, and to an adapted one at once; but torch does not count
-    `weight.data.clamp_()`, which reaches a frozen one, as it does in the model's own forward pass.
+    frozen parameter is an error afterwards, and to an adapted one at once. Torch does not count
+    `weight.data.clamp_()`: modules whose methods name `.data` are given copies, so that it is
+    dropped too; in a function outside of a module's class it is not seen, and reaches a frozen one.
 
     With a transformers model under `vmap` or `torch.compile`, return `.logits` and pass
     `use_cache=False`. Dropout under `vmap` needs `vmap(..., randomness="different")` (or
@@ -227,7 +228,7 @@ def check_fit(model: nn.Module, state: TensorDict) -> dict[str, str]:
 
 
 def _fit(model: nn.Module, shapes: dict[str, torch.Size]) -> dict[str, str]:
-    own = {name: tensor.shape for name, tensor in modules.tensors(model).items()}
+    own = {name: tensor.shape for name, tensor in modules.own_tensors(model).items()}
     return modules.fit(type(model).__name__, own, shapes)
 
 
@@ -249,12 +250,24 @@ def _fitted(
 ) -> tuple[Places, dict[str, str], dict[str, Tensor], dict[str, Tensor]]:
     """Return the model's places, its names in the state, the weights, and the frozen of these.
 
-    Frozen tensors are views, so that the model's code may give them other data.
+    Frozen tensors are views, so that the model's code may give them other data. What it may write
+    to through `.data` is cloned, since torch would not count it.
     """
     found = places(model)
     names = modules.fit(type(model).__name__, found.shapes(), _shapes(parts))
-    views = {name: t.view_as(t) for name, t in parts.frozen.items() if isinstance(t, Tensor)}
-    return found, names, _composed(parts) | views, views
+    cloned = {names[name] for name in found.uncounted}
+    views = {
+        name: t.clone() if name in cloned else t.view_as(t)
+        for name, t in parts.frozen.items()
+        if isinstance(t, Tensor)
+    }
+    weights = _composed(parts) | views
+    return (
+        found,
+        names,
+        weights | {n: weights[n].clone() for n in cloned & parts.full.keys()},
+        views,
+    )
 
 
 @contextmanager

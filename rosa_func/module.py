@@ -5,6 +5,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -13,21 +14,26 @@ from torch import Tensor, nn
 
 from rosa_func import averages, distributed, export, optim, samplers
 from rosa_func._torch import is_eager, is_exporting, move, own_buffers, own_modules, own_parameters
+from rosa_func.drawing import check_draw
 from rosa_func.forward import call, called, check_fit
 from rosa_func.modules import skeleton
 from rosa_func.places import places
 from rosa_func.samplers import Sampler
 from rosa_func.stand_in import attribute, changes, refuse
 from rosa_func.weight import read
+from rosa_func.weight.donating import APART, handing_over
+from rosa_func.weight.keeping import placed_like
 from rosa_func.weight.layout import (
     Path,
     entries,
     from_entries,
     is_compensation,
+    kept_apart,
     leaves,
     past_paths,
     trains,
 )
+from rosa_func.weight.sharing import shared_state
 
 
 class RosaModule(nn.Module):
@@ -123,6 +129,7 @@ class RosaModule(nn.Module):
                 "a RosaModule takes states whose entries have the names and shapes of its own, and "
                 f"{'.'.join(min(other)[0])} differs: make a RosaModule of this state"
             )
+        apart = kept_apart(new)
         self._follow_past(given)
         for path, value in given.items():
             table, last = self._table(path), self._slots[path][1]
@@ -130,7 +137,7 @@ class RosaModule(nn.Module):
                 with torch.no_grad():
                     table[last].copy_(value)
             else:
-                table[last] = value.to(table[last].device)
+                table[last] = value if path in apart else value.to(table[last].device)
 
     def resample(
         self,
@@ -151,6 +158,9 @@ class RosaModule(nn.Module):
         warning says so where a copy of the module was written to, as `AveragedModel` does; an
         average that is no copy of the module is not seen.
 
+        The residuals are rewritten in their own memory, see `donate` of `resample`, unless a state
+        or a model that is in use shares it.
+
         Args:
             key: as in `resample`.
             sampler: as in `resample`.
@@ -166,19 +176,29 @@ class RosaModule(nn.Module):
                 "module.state), or begin a new average after it",
                 stacklevel=2,
             )
+        check_draw(key, sampler)
         old = self.state
-        new = distributed.resample(old, key, sampler=sampler)
-        if optimizer is not None:
-            slots = optim.carried(optimizer, old, new, moments=moments, fraction=fraction)
+        shares = shared_state(old, *self.modules()) is not None
+        with nullcontext(APART) if shares else handing_over("resample") as handover:
+            # Of what trains in full it is the parameter that goes on.
+            handover = handover._replace(leaf=lambda name, leaf: leaf.detach())
+            new = distributed.drawn_again(old, key, sampler, handover)
+            if optimizer is not None:
+                slots = optim.carried(optimizer, old, new, moments=moments, fraction=fraction)
+                for name, parameter in leaves(old).items():
+                    optimizer.state.pop(parameter, None)
+                    if slots[name]:
+                        optimizer.state[parameter] = slots[name]
+            in_full = read(old).full
             for name, parameter in leaves(old).items():
-                optimizer.state.pop(parameter, None)
-                if slots[name]:
-                    optimizer.state[parameter] = slots[name]
-        in_full = read(old).full
-        for name, parameter in leaves(old).items():
-            if name not in in_full:
-                parameter.grad = None
-        self.state = new
+                if name not in in_full:
+                    parameter.grad = None
+            try:
+                self.state = new
+            except BaseException:  # Ctrl-C; what is old is given its values, where it has room
+                has_past = not set(past_paths(new)).isdisjoint(entries(new))
+                self.state = new if has_past else old
+                raise
 
     def train(self, mode: bool = True) -> "RosaModule":
         """Set the mode, of the skeleton too."""
@@ -262,8 +282,18 @@ class RosaModule(nn.Module):
                 del self._table(path)[self._slots.pop(path)[1]]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RosaModule":
-        """Move what the state does not hold as well: the skeleton's non-persistent buffers."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        """Move what the state does not hold as well: the skeleton's non-persistent buffers.
+
+        A compensation that is kept apart from its weight stays where it is.
+        """
+        apart = {path: self._table(path)[self._slots[path][1]] for path in kept_apart(self.state)}
+        for path in apart:
+            self._table(path)[self._slots[path][1]] = None
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            for path, lost in apart.items():
+                self._table(path)[self._slots[path][1]] = lost
         move(self.__dict__["skeleton"], fn)
         return self
 
@@ -283,7 +313,7 @@ class RosaModule(nn.Module):
         for path, (_owner, last) in self._slots.items():
             table = self._table(path)
             if not trains(path) and self._own.get(path) != table[last].data_ptr():
-                table[last] = table[last].clone()
+                table[last] = placed_like(table[last], table[last].clone())
                 self._own[path] = table[last].data_ptr()
 
     def ready_to_load(self, given: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -294,13 +324,11 @@ class RosaModule(nn.Module):
         for path, (_owner, last) in self._slots.items():
             table = self._table(path)
             old, new = table[last], given.get(prefix + ".".join(path))
-            # What rounding took has no elements while nothing was lost: the shape may be another.
-            if (
-                is_compensation(path)
-                and isinstance(new, Tensor)
-                and not (old.numel() and new.numel())
-            ):
-                table[last] = old.new_empty(new.shape)
+            if not is_compensation(path) or not isinstance(new, Tensor):
+                continue
+            # It has no elements while nothing was lost, and another dtype in an earlier version.
+            if old.dtype != new.dtype or not (old.numel() and new.numel()):
+                table[last] = placed_like(old, old.new_empty(new.shape, dtype=new.dtype))
 
 
 def _shapes(entries: dict[Path, Tensor]) -> dict[Path, torch.Size | None]:

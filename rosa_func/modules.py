@@ -24,10 +24,14 @@ from rosa_func.keys import unwrapped_names
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and the persistent buffers, a tied one once, under its first name."""
+    return {name: tensor.detach() for name, tensor in own_tensors(model).items()}
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of `tensors` themselves."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model is an nn.Module, got {type(model).__name__}")
-    both = chain(model.named_parameters(), persistent_buffers(model))
-    return {name: tensor.detach() for name, tensor in both}
+    return dict(chain(model.named_parameters(), persistent_buffers(model)))
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -159,7 +163,7 @@ def skeleton(model: nn.Module) -> nn.Module:
         True
     """
     weightless = {name: _weightless(p) for name, p in model.named_parameters()}
-    buffers = {name: buffer.to("meta") for name, buffer in persistent_buffers(model)}
+    buffers = {name: _on_meta(buffer) for name, buffer in persistent_buffers(model)}
     copied = _copied(model, weightless, buffers)
     for module in copied.modules():
         move_by(module, _move)  # and no subclass does it: the class is the model's
@@ -217,11 +221,18 @@ def _at(place: torch.device, data: Tensor, requires_grad: bool) -> Weightless:
 
 def _weightless(p: nn.Parameter) -> nn.Parameter:
     """Return what stands for a parameter. One that has no device yet will come from a file."""
-    data = p.detach().to("meta")
+    data = _on_meta(p)
     if not FOLLOWS_PARAMETERS_OF_A_SUBCLASS:
         return nn.Parameter(data, p.requires_grad)
     place = torch.device("cpu") if p.device.type == "meta" else p.device
     return _at(place, data, p.requires_grad)
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    """Return what stands for a tensor, which may be a spent one."""
+    if is_wrapper(tensor):
+        return tensor.detach().to("meta")
+    return torch.empty_like(tensor, device="meta")
 
 
 def _move(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

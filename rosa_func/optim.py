@@ -146,7 +146,7 @@ def rebind(
         optimizer: any whose state is per parameter (of `torch.optim`, all but LBFGS). "project"
             knows SGD, Adam, AdamW, NAdam, RAdam, Adagrad and Adafactor; "prune" these, RMSprop,
             Adadelta and Adamax.
-        old_state: the state whose leaves the optimizer has.
+        old_state: the state whose leaves the optimizer has; it may be one that was donated.
         new_state: what `resample(old_state, ...)` returned. Its leaves require a gradient
             afterwards as the old ones did.
         moments: "reset", "project", "keep" or "prune".
@@ -180,7 +180,7 @@ def rebind(
         True
     """
     slots = carried(optimizer, old_state, new_state, moments=moments, fraction=fraction)
-    old, new = leaves(old_state), leaves(new_state)
+    old, new = leaves(old_state, spent=True), leaves(new_state)
     held = {id(leaf): name for name, leaf in old.items()}
     for group in optimizer.param_groups:
         for place, leaf in enumerate(group["params"]):
@@ -205,7 +205,7 @@ def carried(
     """Return what an optimizer of the old leaves is to know of the new ones; see `rebind`."""
     check_moments(moments, fraction)
     optimizer = unwrapped(optimizer)
-    old, new = leaves(old_state), leaves(new_state)
+    old, new = leaves(old_state, spent=True), leaves(new_state)
     if unmatched := set(old).symmetric_difference(new):
         name = min(unmatched)
         raise KeyError(f"{name} is in only one of the two states; was one resampled to the other?")
@@ -224,7 +224,7 @@ def carried(
             )
     slots = {name: dict(optimizer.state.get(leaf, {})) for name, leaf in old.items()}
     drawn = read(new_state).adapted()
-    for name, w in read(old_state).adapted().items():
+    for name, w in read(old_state, spent=True).adapted().items():
         slots |= carry(optimizer, name, w, drawn[name], slots, moments, fraction or 0.0)
     return {name: cast(slots[name], leaf, new[name]) for name, leaf in old.items()}
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rosa_func import modules
 from rosa_func._torch import content_tables, own_buffers, own_parameters, own_persistent_buffers
 from rosa_func.copies import Link, Outline, copied, links, outline
+from rosa_func.uncounted import writing_uncounted
 
 Table = dict[str, Any]
 
@@ -45,6 +46,7 @@ class Places(NamedTuple):
         tensors: the parameters and persistent buffers, by their first names.
         slots: every place of each of them, and those of the other buffers.
         buffers: those of the persistent buffers among them.
+        uncounted: the names of parameters to which a forward pass may write through `.data`.
         checkpointing: the names of the modules that may recompute, as transformers marks them,
             and their indices.
         modules: all of them.
@@ -56,6 +58,7 @@ class Places(NamedTuple):
     tensors: "dict[str, ref[Tensor]]"
     slots: list[Slot]
     buffers: list[Slot]
+    uncounted: set[str]
     checkpointing: list[tuple[str, int]]
     modules: "list[ref[nn.Module]]"
     links: list[Link] | None
@@ -188,6 +191,11 @@ def _look(model: nn.Module) -> Places:
         tensors={name: ref(tensor) for name, tensor in both.items()},
         slots=slots,
         buffers=[slot for slot in slots if slot.is_buffer and slot.name],
+        uncounted={
+            first[id(parameter)]
+            for module in writing_uncounted(owners)
+            for parameter in module.parameters()
+        },
         checkpointing=[
             (name, index)
             for index, (name, module) in enumerate(named.items())

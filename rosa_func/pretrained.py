@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from rosa_func import modules, peft_names, samplers, targeting
-from rosa_func.drawing import check_draw
+from rosa_func.drawing import Progress, check_draw
 from rosa_func.extras import needs
 from rosa_func.files import converted, hub
 from rosa_func.modules import skeleton, some
@@ -22,6 +22,7 @@ from rosa_func.samplers import Sampler
 from rosa_func.starting import split_all
 from rosa_func.storage import Master, Storage
 from rosa_func.targeting import Targets
+from rosa_func.weight.keeping import Place
 
 
 def init_from(
@@ -35,6 +36,8 @@ def init_from(
     exclude: str | Iterable[str] = (),
     exact: bool | None = None,
     dtype: torch.dtype | None = None,
+    compensation: Place = None,
+    progress: Progress = False,
     quantize: str | None = None,
     master: Master = None,
     **others: NoReturn,
@@ -53,7 +56,8 @@ def init_from(
         path: a folder with `config.json`, which names the architecture, and `model.safetensors` or
             the shards of `model.safetensors.index.json`; or the name of a repository of the Hub
             that has them: what is in the Hub's cache is taken from there, and not updated.
-        r: as in `init`, as are `key`, `sampler`, `targets`, `train`, `exclude` and `exact`.
+        r: as in `init`, as are `key`, `sampler`, `targets`, `train`, `exclude`, `exact` and
+            `compensation`.
         key: see `init`.
         sampler: see `init`.
         targets: see `init`.
@@ -61,6 +65,8 @@ def init_from(
         exclude: see `init`.
         exact: see `init`.
         dtype: of the floating-point weights; None for that of the files.
+        compensation: see `init`.
+        progress: as in `init`.
         quantize: see `init`.
         master: see `init`.
         others: none, as in `init`.
@@ -88,8 +94,8 @@ def init_from(
         torch.Size([1, 2, 9])
     """
     peft_names.refuse(others)
-    check_draw(key, sampler)
-    storage = Storage(exact, quantize, master).check()
+    check_draw(key, sampler, progress)
+    storage = Storage(exact, compensation, quantize, master).check()
     if dtype is not None and dtype not in _DTYPES.values():
         known = ", ".join(str(known) for known in _DTYPES.values())
         raise TypeError(f"dtype is None or one of {known}, got {dtype!r}")
@@ -121,7 +127,9 @@ def init_from(
 
         plan = targeting.plan(model, r, targets, train, exclude)
         modules.refuse_sparse_gradients(model, plan.full)
-        return model, split_all(plan, read, key=key, sampler=sampler, storage=storage)
+        return model, split_all(
+            plan, read, key=key, sampler=sampler, storage=storage, progress=progress
+        )
 
 
 class _Files:

@@ -10,23 +10,12 @@ from torch import Tensor, nn
 
 from rosa_func import keys
 from rosa_func._scores import check_how, scored
-from rosa_func._supports import (
-    Density,
-    at_random,
-    budgets,
-    checked,
-    densities,
-    largest_of_all,
-    largest_of_each,
-    without_score,
-)
+from rosa_func._supports import Density, densities, drawn, fitting, largest, without_score
 from rosa_func.modules import some
 from rosa_func.weight import read, write
 from rosa_func.weight.low_rank import low_rank
-from rosa_func.weight.rounding import absorbed, factor_dtype
-from rosa_func.weight.sparse_part import SparsePart, sparse_part, sparse_parts
-
-_ACROSS = ("weight", "model")
+from rosa_func.weight.rounding import absorbed
+from rosa_func.weight.sparse_part import sparse_parts, with_zeros
 
 
 def scores(
@@ -119,17 +108,8 @@ def support(
         >>> rosa_func.sparse.support(scores, 0.5)
         {'0.weight': tensor([1, 2, 5], dtype=torch.int32)}
     """
-    if across not in _ACROSS:
-        raise ValueError(f"across is one of {', '.join(_ACROSS)}, got {across!r}")
-    counts = budgets({name: score.shape for name, score in scores.items()}, density)
-    if bad := [name for name in counts if not scores[name].isfinite().all()]:
-        raise ValueError(f"the scores of {some(bad)} are not finite")
-    chosen = {name: scores[name] for name in counts}
-    if across == "model":
-        found = largest_of_all(chosen, counts)
-    else:
-        found = {name: largest_of_each(score, counts[name]) for name, score in chosen.items()}
-    if unscored := without_score(chosen, found):
+    found = largest(scores, density, across)
+    if unscored := without_score(scores, found):
         warnings.warn(
             f"places were chosen though their score is zero, the first along the matrix: in "
             f"{some(unscored)}; score with more batches, or give these weights a lower density",
@@ -161,16 +141,7 @@ def support_random(state: TensorDict, density: Density, key: int) -> dict[str, T
     """
     keys.check_key(key)
     weights = read(state).adapted()
-    shapes = {name: torch.Size(low_rank(w).shape) for name, w in weights.items()}
-    found = {}
-    for name, k in budgets(shapes, density).items():
-        *lead, m, n = shapes[name]
-        drawn = [
-            at_random(m * n, k, keys.generator(key, "support", name, *place))
-            for place in (((e,) for e in range(torch.Size(lead).numel())) if lead else [()])
-        ]
-        found[name] = checked(name, torch.stack(drawn).view(*lead, k), shapes[name])
-    return found
+    return drawn({name: torch.Size(low_rank(w).shape) for name, w in weights.items()}, density, key)
 
 
 def add(state: TensorDict, support: Mapping[str, Tensor]) -> TensorDict:
@@ -209,24 +180,8 @@ def add(state: TensorDict, support: Mapping[str, Tensor]) -> TensorDict:
     """
     parts = read(state)
     adapted = parts.adapted()
-    if not isinstance(support, Mapping):
-        raise TypeError(
-            f"a support is a mapping from names to places, got {type(support).__name__}"
-        )
-    if not support:
-        raise KeyError("the support has no weight in it")
-    new = {}
-    for name, places in support.items():
-        if name not in adapted:
-            raise KeyError(f"{name} has a support, and is no adapted weight of the state")
-        w = adapted[name]
-        if sparse_part(w) is not None:
-            raise ValueError(f"{name} has a sparse part: sparse.remove(state) merges it into R")
-        places = checked(name, places, torch.Size(low_rank(w).shape)).to(w.base.device)
-        values = torch.zeros(
-            places.shape, dtype=factor_dtype(w.base.dtype), device=w.base.device
-        ).requires_grad_(any(leaf.requires_grad for leaf in low_rank(w)))
-        new[name] = w._replace(terms=(*w.terms, SparsePart(values, places)))
+    places = fitting(support, adapted)
+    new = {name: with_zeros(adapted[name], at) for name, at in places.items()}
     return write(parts._replace(frozen={**parts.frozen, **new}))
 
 

@@ -1,6 +1,7 @@
 """The beginning of a state: init."""
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import NoReturn
 
@@ -8,13 +9,17 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from rosa_func import keys, modules, peft_names, samplers, targeting
-from rosa_func.drawing import Draw, check_draw, draw, draw_all
+from rosa_func.drawing import Draw, Progress, check_draw, draw, draw_all, refuse_non_finite
 from rosa_func.patterns import Rank
 from rosa_func.samplers import Sampler
 from rosa_func.storage import Master, Storage
 from rosa_func.targeting import Plan, Targets
 from rosa_func.weight import Parts, Weight, write
+from rosa_func.weight.donating import emptying
+from rosa_func.weight.keeping import Place
 from rosa_func.weight.rounding import factor_dtype
+from rosa_func.weight.sharing import shared_model
+from rosa_func.weight.spent import refuse_spent
 
 
 def init(
@@ -27,6 +32,9 @@ def init(
     train: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     exact: bool | None = None,
+    compensation: Place = None,
+    donate: bool = False,
+    progress: Progress = False,
     quantize: str | None = None,
     master: Master = None,
     **others: NoReturn,
@@ -35,10 +43,10 @@ def init(
 
         W = R + A B,    W: m x n,    A: m x r,    B: r x n
 
-    The model is read, never written. The state shares the storage of every tensor that is not
-    adapted (and of the adapted ones with `samplers.lora` and `samplers.additive`, where R = W);
-    tensors in `train` are cloned, in float32 where the model has 16 bits: they are cast to the
-    model's dtype in each forward pass, and rounded once in `merge`.
+    The model is read, never written, unless it is donated. The state shares the storage of every
+    tensor that is not adapted (and of the adapted ones with `samplers.lora` and
+    `samplers.additive`, where R = W); tensors in `train` are cloned, in float32 where the model has
+    16 bits: they are cast to the model's dtype in each forward pass, and rounded once in `merge`.
 
     A convolution's weight counts as m x (the rest). Any other weight of three or more dimensions is
     a batch of matrices, such as the experts of a layer: each has factors of its own,
@@ -67,8 +75,19 @@ def init(
             head.
         exclude: names or patterns of what is not adapted, though `targets` means it.
         exact: keep what rounding took from R, so that a merge returns W bit for bit (True), or
-            not (False). None keeps it for 16-bit weights only, in their own dtype, which is
-            enough to keep repeated merges from drifting.
+            not (False). None keeps it for 16-bit weights only, and of it the next eight bits,
+            which is enough to keep repeated merges from drifting.
+        compensation: where that is kept: None for beside the weight, "cpu" for the host, or a
+            folder, in which it is memory-mapped (in files without a name, which are gone with the
+            state). `resample` and `merge` read it, one weight at a time, and keep it there; a
+            forward pass does not. Where a state is loaded or moved as a whole, it is beside the
+            weights again: see `keep_compensation`.
+        donate: whether the state may take the memory of the model, weight by weight, so that there
+            is no second copy of it. The model is empty then: `call` and `skeleton` take it as
+            before, and any other use of its weights is an error. After an exception half-way
+            (Ctrl-C) what was taken is merged back into the model, rounded as by `merge`.
+        progress: True for a bar (tqdm), or a function that is called with (done, total, name) after
+            each adapted weight.
         quantize: how the residuals of the adapted weights are stored: None for as they are, "nf4"
             (4 bits a value), "nf4_double" (its scales in 8 bits) or "int8"; in blocks of 64 with a
             scale each, see `rosa_func.quantised`. A weight with rank 0 is quantised as it is.
@@ -88,11 +107,15 @@ def init(
     Raises:
         ValueError: for a rank out of range, a pattern without a match, a weight both adapted and
             in `train`, non-finite or meta weights, `max_norm` embeddings, 16-bit ones with sparse
-            gradients in `train`, nothing to train, a decomposition that does not converge, or
-            `quantize` and `master` that do not go together.
+            gradients in `train`, nothing to train, a decomposition that does not converge, options
+            that do not go together; or if a model is donated that shares the memory of a weight in
+            `targets` or `train` with another model, a state or a graph that waits for its backward
+            pass (named).
         TypeError: for a model, rank, key, sampler, pattern, option or weight of the wrong type or
             dtype, a model with adapters of peft or 8-bit layers of bitsandbytes in it, or a
             quantised or sharded tensor in `targets` or `train` (elsewhere it stays as it is).
+        OSError: if the folder for the compensation, or the master, is gone, full, or not to be
+            written to.
 
     Warns:
         UserWarning: if a task head would stay frozen at its random start, or the default targets
@@ -110,20 +133,53 @@ def init(
         True
     """
     peft_names.refuse(others)
-    tensors = modules.tensors(model)
+    own = modules.own_tensors(model)
+    refuse_spent(own.values())
     modules.refuse_meta(model)
     modules.refuse_int8(model)
-    check_draw(key, sampler)
-    storage = Storage(exact, quantize, master).check()
+    check_draw(key, sampler, progress)
+    storage = Storage(exact, compensation, quantize, master).check()
     plan = targeting.plan(model, r, targets, train, exclude)
     modules.refuse_sparse_gradients(model, plan.full)
-    return split_all(plan, tensors.__getitem__, key=key, sampler=sampler, storage=storage)
+    if donate:
+        _refuse_shared(model, [(name, own[name]) for name in [*plan.adapted, *plan.full]])
+    with emptying(own) if donate else nullcontext() as take:
+        tensors = {name: tensor.detach() for name, tensor in own.items()}
+        return split_all(
+            plan,
+            tensors.__getitem__,
+            key=key,
+            sampler=sampler,
+            storage=storage,
+            take=take,
+            progress=progress,
+        )
+
+
+def _refuse_shared(model: nn.Module, taken: list[tuple[str, Tensor]]) -> None:
+    """Refuse to take the memory of tensors that something else than the model needs."""
+    if (sharer := shared_model(model, taken)) is not None:
+        raise ValueError(
+            f"{sharer}: the model cannot be donated; let the other go, or leave donate out"
+        )
 
 
 def split_all(
-    plan: Plan, load: Callable[[str], Tensor], *, key: int, sampler: Sampler, storage: Storage
+    plan: Plan,
+    load: Callable[[str], Tensor],
+    *,
+    key: int,
+    sampler: Sampler,
+    storage: Storage,
+    take: Callable[[Tensor, Weight], Weight] | None = None,
+    progress: Progress = False,
 ) -> TensorDict:
-    """Do what `init` does by a plan, with the tensors of the model as `load` gives them by name."""
+    """Do what `init` does by a plan, with the tensors of the model as `load` gives them by name.
+
+    `take` puts a new weight into the memory of the old one, and there is no other that needs it.
+    """
+    if take is not None:  # before anything is written
+        refuse_non_finite([], {name: load(name) for name in [*plan.adapted, *plan.full]})
 
     def drawn(name: str) -> Weight:
         W, (r, input_dim) = load(name), plan.adapted[name]
@@ -131,16 +187,17 @@ def split_all(
         modules.refuse_wrapper(name, W)
         generator = partial(keys.generator, key, "init", name)
         how = Draw(name, r, sampler, input_dim, generator, storage.kept(W))
-        return draw(how, W, storage.like(W, batch=input_dim < 0))
+        new = draw(how, W, storage.like(W, batch=input_dim < 0))
+        return new if take is None else take(W, new)
 
     full, dtypes = {}, {}
     for name in plan.full:
         tensor = load(name)
         modules.refuse_wrapper(name, tensor)
-        full[name] = tensor.to(factor_dtype(tensor.dtype), copy=True)
+        full[name] = tensor.to(factor_dtype(tensor.dtype), copy=take is None)
         if full[name].dtype != tensor.dtype:
             dtypes[name] = tensor.dtype
-    weights = draw_all(drawn, plan.adapted, full)
+    weights = draw_all(drawn, plan.adapted, full, progress)
     frozen = {
         name: weights[name] if name in weights else load(name)
         for name in plan.names

@@ -19,7 +19,8 @@ def merge_bound(W: Tensor, w: Weight) -> Tensor:
     else:
         # A master may be that of a weight whose rounding was not kept.
         is_kept = w.lost is not None and not w.base.coarse
-        bound = rounding_bound_in_16_bit(W.view(matrices), R, A, B, is_kept)
+        kept = w.lost.dtype if is_kept else None
+        bound = rounding_bound_in_16_bit(W.view(matrices), R, A, B, kept)
     return bound.view(W.shape).double() + storing_bound(w)
 
 
@@ -63,14 +64,17 @@ def rounding_bound(W: Tensor, R: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return terms / (1 - terms) * (W.abs() + R.abs() + 2 * (A.abs() @ B.abs())) * (1 + 1e-6)
 
 
-def rounding_bound_in_16_bit(W: Tensor, R: Tensor, A: Tensor, B: Tensor, kept: bool) -> Tensor:
-    """Bound |merge - W| for 16-bit weights whose lost bits are kept in the same dtype, or not.
+def rounding_bound_in_16_bit(
+    W: Tensor, R: Tensor, A: Tensor, B: Tensor, kept: torch.dtype | None
+) -> Tensor:
+    """Bound |merge - W| for 16-bit weights whose lost bits are kept in some dtype, or not.
 
     R is off by half a unit in its last place, or, where the lost bits are kept, the compensation
-    that holds them is. The float32 sums of at most 9 + 1 terms are off by a few of their units.
+    that holds them is: it has as many bits as R has, or eight. The float32 sums of at most 9 + 1
+    terms are off by a few of their units.
     """
     u, u32 = torch.finfo(W.dtype).eps / 2, 2**-24
-    lost = u * u if kept else u
+    lost = u if kept is None else u * 2**-8 if kept == torch.int8 else u * u
     size = R.abs().double() + W.abs().double() + (A.double().abs() @ B.double().abs())
     tiny = torch.finfo(W.dtype).smallest_normal * u  # half a subnormal step
     off = 1.01 * lost * size + 8 * u32 * size + 2 * tiny

@@ -30,6 +30,7 @@ from references import perturbed
 from rosa_func import samplers, sparse
 from rosa_func.weight import Base, Term, read, write
 from rosa_func.weight.dense import Dense
+from rosa_func.weight.keeping import Kept
 from rosa_func.weight.low_rank import low_rank
 from rosa_func.weight.quantised import QUANTISED
 from rosa_func.weight.rounding import SUPPORTED, factor_dtype, join, split
@@ -221,9 +222,10 @@ class Parts(NamedTuple):
         for name, w in parts.adapted().items():
             factors, base, lost, W = low_rank(w), w.base, w.lost, join(w)
             if self.base != "dense":
-                kept = torch.float64 if exact else None if lost is None else lost.dtype
+                kept = None if lost is None else Kept(torch.float64 if exact else w.base.dtype)
                 if self.base in QUANTISED_BASES:
-                    kept = torch.promote_types(kept or torch.float16, torch.float16)
+                    own = torch.float16 if kept is None else kept.dtype
+                    kept = Kept(torch.promote_types(own, torch.float16))
                 like = BASES[self.base](W.to(w.base.dtype), w.is_batch())
                 base, lost = split(W, factors, like, kept)
             more = [at_start(W.to(w.base.dtype), w.is_batch()) for at_start in TERMS[self.terms]]

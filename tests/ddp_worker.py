@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tensordict import TensorDict
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -66,20 +65,37 @@ def train(rank: int, size: int) -> dict[str, object]:
     }
 
 
-def failing(rank: int) -> str:
-    """Resample with a sampler that fails on the last process alone; return what is raised."""
+def failing(rank: int, donate: bool = False) -> tuple[str, float]:
+    """Resample with a sampler that fails on the last process alone.
+
+    Return what is raised, and how far the weights of the state are moved.
+    """
     state = rosa_func.init(torch.nn.Sequential(*[torch.nn.Linear(6, 6) for _ in range(4)]), 2)
+    before = rosa_func.merge(state)
 
     def sampler(W: Tensor, r: int, site: Site) -> tuple[Tensor, Tensor]:
         if rank == 1:
             raise ValueError(f"no draw of {site.name}")
         return samplers.random(W, r, site)
 
+    said = "nothing was raised"
     try:
-        distributed.resample(state, 1, sampler=sampler)
+        distributed.resample(state, 1, sampler=sampler, donate=donate)
+    except (RuntimeError, ValueError) as error:
+        said = f"{type(error).__name__}: {error}"
+    after = rosa_func.merge(state)
+    return said, max(float((after[name] - W).abs().max()) for name, W in before.items())
+
+
+def shared_in_one(rank: int) -> str:
+    """Donate a state of which one process has a copy; return what is raised."""
+    state = rosa_func.init(torch.nn.Sequential(torch.nn.Linear(6, 6)), 2)
+    copies = [state.copy()] if rank == 0 else []
+    try:
+        distributed.resample(state, 1, donate=True)
     except (RuntimeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
-    return "nothing was raised"
+    return f"nothing was raised, with {len(copies)} copies"
 
 
 def not_finite() -> str:
@@ -168,26 +184,29 @@ def of_other_parts() -> list[str]:
     with registered():
         state = rosa_func.init(model, 2, targets="*weight", train="0.bias", exact=True)
         state = Parts("int8", "scaled and sparse").put_into(state, exact=True)
-        return of_both_resamples(state)
+        together, alone = distributed.resample(state, 1), rosa_func.resample(state, 1)
+        hashes = [distributed.check_equal(together), checkpoint.digest(alone)]
+        donated = distributed.resample(state, 1, donate=True)
+        return [*hashes, distributed.check_equal(donated)]
 
 
 def of_quantised_parts(master: bool | None) -> list[str]:
     """Return the same of a quantised state, whose past products grow where it has no master."""
     model = seeded(lambda: torch.nn.Sequential(torch.nn.Linear(6, 5), ExpertsInOneProduct(5, 4)))
     state = rosa_func.init(model, 2, targets="*weight", quantize="nf4_double", master=master)
-    return of_both_resamples(state, samplers.random if master else samplers.additive)
-
-
-def of_both_resamples(state: TensorDict, sampler: samplers.Sampler = samplers.random) -> list[str]:
-    together = distributed.resample(state, 1, sampler=sampler)
-    alone = rosa_func.resample(state, 1, sampler=sampler)
-    return [distributed.check_equal(together), checkpoint.digest(alone)]
+    options = {"sampler": samplers.random if master else samplers.additive}
+    together = distributed.resample(state, 1, **options)
+    alone = rosa_func.resample(state, 1, **options)
+    hashes = [distributed.check_equal(together), checkpoint.digest(alone)]
+    donated = distributed.resample(state, 1, donate=True, **options)
+    return [*hashes, distributed.check_equal(donated)]
 
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     results = train(rank, size) | {"failing": failing(rank), "unequal": unequal(rank)}
+    results |= {"failing, donated": failing(rank, True), "shared in one": shared_in_one(rank)}
     results |= {"not_finite": not_finite(), "sent": sent()}
     results["begun"] = begun(rank)
     results["of_other_parts"] = of_other_parts()

@@ -9,6 +9,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from rosa_func.weight import Weight
+
 
 def main_output(result: Any) -> Tensor:
     """Return a result that is a tensor, or the logits or hidden states of a transformers output."""
@@ -161,3 +163,24 @@ def tied_names(model: nn.Module) -> list[list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     return sorted(groups.values())
+
+
+def residual(w: Weight) -> Tensor:
+    """Return R with what rounding took from it, in float64."""
+    R = w.base.dense()
+    if w.lost is None or not w.lost.numel():
+        return R.double()
+    return of_codes(R, w.lost) if w.lost.dtype == torch.int8 else R.double() + w.lost.double()
+
+
+def of_codes(R: Tensor, codes: Tensor) -> Tensor:
+    """Return the numbers that lie codes / 256 of the way from R to the next one, in float64.
+
+    The next one is that away from zero for codes above 0, and that towards zero for others. As
+    integers, the numbers of one sign follow each other.
+    """
+    away = codes.sign().to(torch.int16)
+    next_one = (R.view(torch.int16) + away).view(R.dtype).double()
+    before = (R.view(torch.int16) - away).view(R.dtype).double()
+    step = torch.where(next_one.isfinite(), next_one - R.double(), R.double() - before)
+    return R.double() + codes.double().abs() / 256 * step

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections import Counter, OrderedDict
+from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,34 @@ class TestSaveAndLoad:
         one.set_state(extra["legacy"])
         assert one.randn() == other.randn()
         extra["turned"] += 1  # memory of its own, which can be written to
+
+    def test_numbers_and_strings_of_a_subclass_come_back_as_plain_ones(self, tmp_path: Path):
+        """`save(path, state, version=torch.__version__)` was a TypeError: it is no plain str."""
+
+        class Mode(str, Enum):
+            FAST = "fast"
+
+        class Level(IntEnum):
+            HIGH = 3
+
+        class Rate(float):
+            def __repr__(self) -> str:
+                return "a rate"
+
+        assert type(torch.__version__) is not str
+        given = {
+            "version": torch.__version__,
+            "modes": [Mode.FAST, Level.HIGH, Rate(0.1), Rate("inf"), np.float64(0.1)],
+            "best": {Mode.FAST: 1, Level.HIGH: 2},
+        }
+        path = tmp_path / "run.safetensors"
+        checkpoint.save(path, make_state(), **given)
+        plain = {
+            "version": str(torch.__version__),
+            "modes": ["fast", 3, 0.1, float("inf"), np.float64(0.1)],
+            "best": {"fast": 1, 3: 2},
+        }
+        assert identical(checkpoint.load(path)[1], plain)
 
     def test_optimizer_and_scheduler_dicts_can_be_loaded_again(self, tmp_path: Path):
         state = make_state()

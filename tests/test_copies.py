@@ -10,11 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rosa_func
-from models import randn, seeded, stock_model, tiny_gpt2, token_ids, two_layers
-from references import main_output, perturbed, relative_distance
+from models import STOCK_NAMES, randn, seeded, stock_model, tiny_gpt2, token_ids, two_layers
+from references import (
+    main_output,
+    model_snapshot,
+    perturbed,
+    relative_distance,
+    state_bytes,
+)
 from rosa_func.module import RosaModule
 from rosa_func.places import places
 
@@ -345,6 +352,54 @@ class TestAdapted:
         model, state, x = self.writing(lambda weight: weight.clamp_(0, 0.5))
         with pytest.raises(RuntimeError, match="wrote to scale"):
             rosa_func.call(model, state, x)
+
+    @pytest.mark.parametrize("train", [(), "*scale"], ids=["frozen", "trained"])
+    @pytest.mark.parametrize("bound", [False, True])
+    def test_a_write_through_data_stays_with_the_call(self, train, bound):
+        """`self.part.weight.data.clamp_()`, as in Gemma 3n, changed the state and the model."""
+
+        class Scales(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale = nn.Parameter(torch.ones(6))
+
+        class Clamped(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scales = Scales()
+
+            def predict(self, x: Tensor) -> Tensor:
+                def clamp(scales: Scales) -> Tensor:
+                    return scales.scale.data.clamp_(0, 0.5)
+
+                clamp(self.scales)
+                return x * self.scales.scale
+
+        class Model(nn.Sequential):
+            def forward(self, x: Tensor) -> Tensor:
+                return self[1].predict(self[0](x))
+
+        model, x = seeded(lambda: Model(nn.Linear(6, 6), Clamped())), randn(3, 6)
+        state = rosa_func.init(model, 2, train=train)
+        before, own = state_bytes(state), model_snapshot(model)
+        expected = 0.5 * rosa_func.merge(state)["0.weight"]
+        if bound:
+            with rosa_func.bind(model, state):
+                result = model(x)
+        else:
+            result = rosa_func.call(model, state, x)
+        assert relative_distance(result, F.linear(x, expected, 0.5 * model[0].bias)) <= 1e-6
+        assert state_bytes(state) == before and model_snapshot(model) == own
+
+    def test_methods_that_no_forward_pass_comes_to_cost_no_copies(self):
+        """Many a model names `.data` where it sets up or resizes its weights."""
+
+        class Model(nn.Linear):
+            def setup(self) -> None:
+                self.weight.data.zero_()
+
+        models = [Model(6, 6), *(stock_model(name).model for name in STOCK_NAMES)]
+        assert not any(places(model).uncounted for model in models)
 
     def writing(self, write: Callable[[Tensor], Any]) -> tuple[nn.Module, Any, Tensor]:
         """Return a model that writes to its weight `scale`, its state, and an input."""

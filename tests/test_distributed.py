@@ -66,20 +66,29 @@ class TestTwoProcesses:
 
     def test_processes_send_each_other_parts_that_the_library_does_not_know(self, processes: Any):
         for process in processes:
-            together, alone = process["of_other_parts"]
-            assert together == alone
+            together, alone, donated = process["of_other_parts"]
+            assert together == alone == donated
 
     def test_processes_send_each_other_quantised_residuals(self, processes: Any):
         """With a master, and with past products, of which there are more after a draw."""
         for process in processes:
-            for together, alone in process["quantised"]:
-                assert together == alone
+            for together, alone, donated in process["quantised"]:
+                assert together == alone == donated
 
-    def test_a_failed_draw_in_one_process_is_raised_in_both(self, processes: Any):
-        assert processes[0]["failing"] == (
-            "RuntimeError: another process could not resample; this is rank 0"
+    @pytest.mark.parametrize("how", ["failing", "failing, donated"])
+    def test_a_failed_draw_in_one_process_is_raised_in_both(self, processes: Any, how: str):
+        said, moved = processes[0][how]
+        assert said == "RuntimeError: another process could not resample; this is rank 0"
+        assert moved < 1e-6  # the state can be used, though half of it is drawn again
+        said, moved = processes[1][how]
+        assert said.startswith("ValueError: no draw of ")
+        assert moved == 0
+
+    def test_a_state_that_one_process_shares_is_donated_by_none(self, processes: Any):
+        assert processes[0]["shared in one"].startswith("ValueError: 0.weight is in another state")
+        assert processes[1]["shared in one"] == (
+            "RuntimeError: another process could not resample; this is rank 1"
         )
-        assert processes[1]["failing"].startswith("ValueError: no draw of ")
 
     def test_a_tensor_in_full_that_is_not_finite_is_refused_as_by_resample(self, processes: Any):
         for process in processes:

@@ -112,3 +112,63 @@ def test_the_state_trains_and_resamples_and_keeps_its_weights():
     optimizer.step()
     for leaf, before in zip(rosa_func.parameters(new), start, strict=True):
         assert not torch.equal(leaf, before)
+
+
+class LayersOf16Bit(nn.Module):
+    """A layer in bfloat16, one in float16, and one in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 6).bfloat16(), Conv1D(4, 6).half()
+        self.third = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.first(x).half()).float())
+
+
+class TestCompensationIn16Bit:
+    """Of 16-bit weights; since then it is kept in eight bits.
+
+    tests/files/state_in_16_bit.safetensors was written by rosa_func at commit 2be407d, as the file
+    above, by
+
+        torch.manual_seed(0)
+        model, x = LayersOf16Bit(), torch.randn(2, 5).bfloat16()
+        state = rosa_func.init(model, 2)
+        optimizer = torch.optim.Adam(rosa_func.parameters(state), 0.01)
+        for _ in range(3):
+            rosa_func.call(model, state, x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        state = rosa_func.resample(state, 1)
+        merged = {name: W.clone() for name, W in rosa_func.merge(state).items()}
+        rosa_func.checkpoint.save("state_in_16_bit.safetensors", state, merged=merged)
+    """
+
+    def test_it_is_read_and_merged_and_resampled_in_its_way(self):
+        state, extra = rosa_func.checkpoint.load(FILE.with_name("state_in_16_bit.safetensors"))
+        dtypes = {name: lost.dtype for name, lost in state["compensation"].items()}
+        assert dtypes == {"first.weight": torch.bfloat16, "second.weight": torch.float16}
+        for name, W in rosa_func.merge(state).items():
+            assert torch.equal(W, extra["merged"][name]), name
+        for key in range(100):
+            state = rosa_func.resample(state, key)
+        assert {name: lost.dtype for name, lost in state["compensation"].items()} == dtypes
+        for name, W in rosa_func.merge(state).items():
+            # A hundred roundings move a value by less than the one to its dtype.
+            eps = torch.finfo(W.dtype).eps if name in dtypes else 1e-5
+            assert relative_distance(W.double(), extra["merged"][name].double()) <= eps
+
+    def test_a_module_of_a_new_state_takes_it(self):
+        """Its numbers would else be rounded to codes, and mean another weight."""
+        old, _ = rosa_func.checkpoint.load(FILE.with_name("state_in_16_bit.safetensors"))
+        model = seeded(LayersOf16Bit)
+        new = rosa_func.init(model, 2)
+        for given, state in ((old, new), (new, old)):
+            module = RosaModule(model, state)
+            module.load_state_dict(RosaModule(model, given).state_dict())
+            merged = rosa_func.merge(module.state)
+            assert all(torch.equal(merged[n], W) for n, W in rosa_func.merge(given).items())
+            module.state = state
+            merged = rosa_func.merge(module.state)
+            assert all(torch.equal(merged[n], W) for n, W in rosa_func.merge(state).items())

@@ -78,7 +78,12 @@ def test_a_state_of_several_dtypes_that_was_cast_says_what_to_do():
     with pytest.raises(KeyError, match=r"cannot be cast by \.to\(dtype\): cast the model"):
         rosa_func.merge(state.to(torch.float32))
     whole = rosa_func.init(two_layers().bfloat16(), 2)
-    merged = rosa_func.merge(whole.to(torch.float32))  # all of one dtype: nothing is wrong
+    with pytest.raises(ValueError, match=r"was cast to torch\.float32.*cast what it returns"):
+        rosa_func.merge(whole.to(torch.float32))  # codes of eight bits, which became numbers
+    with pytest.raises(ValueError, match="was cast to"):
+        rosa_func.resample(whole.to(torch.bfloat16), 1)
+    whole = rosa_func.init(two_layers().bfloat16(), 2, exact=False)
+    merged = rosa_func.merge(whole.to(torch.float32))  # none is kept: nothing is wrong
     for name, weight in rosa_func.merge(whole).items():
         assert relative_distance(merged[name], weight.float()) <= 2**-8
 

@@ -26,7 +26,7 @@ PACKAGES = {"rosa_func", "rosa_func.files", "rosa_func.weight"}
 EVERY_FILE = pytest.mark.parametrize("file", TREES)
 
 # Packages that are needed for some functions only, and imported in them.
-OPTIONAL = {"huggingface_hub", "safetensors", "transformers"}
+OPTIONAL = {"huggingface_hub", "safetensors", "tqdm", "transformers"}
 # Of what is not in files/ itself: the lowest rooms, which know nothing of states.
 BELOW_FILES = {"rosa_func._torch", "rosa_func.extras", "rosa_func.keys", "rosa_func.modules"}
 BRANCHES = {"frozen", "trainable", "input_dim", "fixed", "compensation", "model_dtype"}

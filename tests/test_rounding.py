@@ -11,6 +11,7 @@ from cases import ANY_16_BIT_DTYPE, ANY_DTYPE, ANY_WIDE_DTYPE, DTYPES, SEEDS, sc
 from models import randn
 from rosa_func.weight import Weight, rounding
 from rosa_func.weight.dense import Dense
+from rosa_func.weight.keeping import Kept
 from rosa_func.weight.low_rank import LowRank
 from rosa_func.weight.rounding import compensation_dtype, factor_dtype, two_sum
 from toys import Int8
@@ -33,7 +34,7 @@ def split(
 ) -> tuple[Tensor, Tensor | None]:
     """Return R and what rounding took, of a dense base."""
     like = Dense(torch.empty(0, dtype=dtype))
-    base, lost = rounding.split(W, LowRank(A, B), like, kept, own)
+    base, lost = rounding.split(W, LowRank(A, B), like, kept and Kept(kept), own)
     return base.R, lost
 
 
@@ -91,8 +92,8 @@ class TestExactMerge:
     @pytest.mark.parametrize(
         ("dtype", "exact", "expected"),
         [
-            (torch.bfloat16, None, torch.bfloat16),
-            (torch.float16, None, torch.float16),
+            (torch.bfloat16, None, torch.int8),
+            (torch.float16, None, torch.int8),
             (torch.float32, None, None),
             (torch.float64, None, None),
             (torch.bfloat16, True, torch.float64),
@@ -113,11 +114,12 @@ class TestRoundingBounds:
         R, _ = split(W, A, B, dtype, None)
         assert ((join(R, A, B, None) - W).abs() <= rounding_bound(W, R, A, B)).all()
 
-    @given(SIDES, SIDES, RANKS, ANY_16_BIT_DTYPE, st.booleans(), SEEDS)
-    def test_join_in_16_bit_is_within_the_rounding_bound(self, m, n, r, dtype, kept, seed):
+    @given(SIDES, SIDES, RANKS, ANY_16_BIT_DTYPE, st.sampled_from(["not", "in 16", "in 8"]), SEEDS)
+    def test_join_in_16_bit_is_within_the_rounding_bound(self, m, n, r, dtype, how, seed):
         W = scattered_matrix(m, n, dtype, seed)
         A, B = random_factors(m, n, r, torch.float32, seed)
-        R, c = split(W, A, B, dtype, dtype if kept else None)
+        kept = {"not": None, "in 16": dtype, "in 8": torch.int8}[how]
+        R, c = split(W, A, B, dtype, kept)
         off = (join(R, A, B, c).to(dtype) - W).abs()
         assert (off <= rounding_bound_in_16_bit(W, R, A, B, kept)).all()
 
@@ -128,7 +130,7 @@ class TestBaseThatTakesManyBits:
     @given(SIDES, SIDES, RANKS, ANY_DTYPE.filter(lambda dtype: dtype != torch.float64), SEEDS)
     def test_join_reverses_split_with_a_float64_compensation(self, m, n, r, dtype, seed):
         W, factors = weight_and_factors(m, n, r, dtype, seed)
-        base, lost = rounding.split(W, factors, Int8.like(W), torch.float64)
+        base, lost = rounding.split(W, factors, Int8.like(W), Kept(torch.float64))
         joined = rounding.join(Weight(base, (factors,), torch.tensor(1), lost))
         assert torch.equal(joined.to(dtype), W)
 
@@ -137,7 +139,7 @@ class TestBaseThatTakesManyBits:
         self, m, n, r, dtype, is_kept, seed
     ):
         W, factors = weight_and_factors(m, n, r, dtype, seed)
-        base, lost = rounding.split(W, factors, Int8.like(W), dtype if is_kept else None)
+        base, lost = rounding.split(W, factors, Int8.like(W), Kept(dtype) if is_kept else None)
         w = Weight(base, (factors,), torch.tensor(1), lost)
         assert ((rounding.join(w).to(dtype) - W).abs() <= merge_bound(W, w)).all()
 

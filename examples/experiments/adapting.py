@@ -103,12 +103,15 @@ class Adaptation:
         if not self.cell.method.restart:
             self.optimizer.state.update(old.state)
 
-    def resample(self, step: int) -> None:
-        """Begin a cycle; the schedule and the order of the data go on."""
+    def resample(self, step: int, *, donate: bool = False) -> None:
+        """Begin a cycle; the schedule and the order of the data go on.
+
+        A state with a snapshot cannot be donated: the two share the residuals.
+        """
         method = self.cell.method
         sampler = self.sampler(lambda: rosa_func.merge(self.state), step)
         key = rosa_func.fold_in(self.cell.seed, step)
-        new = rosa_func.resample(self.state, key, sampler=sampler)
+        new = rosa_func.resample(self.state, key, sampler=sampler, donate=donate)
         if not method.solve:
             pruned = {"fraction": PRUNED} if method.moments == "prune" else {}
             rosa_func.optim.rebind(

@@ -120,7 +120,7 @@ def cost(cell: Cell, load: Callable[[], Task], tick: Callable[[], None]) -> Iter
     end |= {"step_seconds": median(times[WARM_UP:]), "draw_seconds": 0.0}
     if cell.method.every:
         start = time.perf_counter()
-        run.resample(0)
+        run.resample(0, donate=run.first is None)
         end["draw_seconds"] = time.perf_counter() - start
     yield end | {"peak_mib": peak_memory_of_this_process() - before}
 

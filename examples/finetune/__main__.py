@@ -139,7 +139,8 @@ class Run:
     def resample(self) -> None:
         """Begin a cycle: the schedule goes on, the optimizer with it."""
         key = rosa_func.fold_in(self.args.seed, self.step)
-        new = rosa_func.resample(self.state, key, sampler=self.sampler)
+        alone = self.start is None  # which shares the residuals
+        new = rosa_func.resample(self.state, key, sampler=self.sampler, donate=alone)
         moments = self.args.moments
         rosa_func.optim.rebind(self.optimizer, self.state, new, moments=moments)
         self.state, self.cycle = new, self.cycle + 1

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,13 @@ from torch import Tensor
 
 from rosa_func._torch import is_wrapper
 
-# Of these types exactly, so that nothing comes back as less than it was.
 _SCALARS = (type(None), bool, int, str)
+# What of a value of a subclass is stored: the number or the string that it is.
+_PLAIN: dict[type, Callable[[Any], Any]] = {
+    str: str.__str__,
+    int: int.__int__,
+    float: float.__float__,
+}
 _MAPPINGS = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
 
 
@@ -23,7 +29,8 @@ def flatten(value: Any) -> tuple[str, dict[str, Tensor]]:
     """Return the structure as JSON text and the tensors by their paths, each stored once.
 
     Raises a TypeError that names the path of what is neither a tensor, an array, a number, a
-    string, a Path, None, nor a list, tuple, mapping or TensorDict of these.
+    string, a Path, None, nor a list, tuple, mapping or TensorDict of these. A number or a string of
+    a subclass, such as `torch.__version__`, is stored as a plain one.
     """
     tensors: dict[str, Tensor] = {}
     names: dict[Any, str] = {}
@@ -55,6 +62,9 @@ def flatten(value: Any) -> tuple[str, dict[str, Tensor]]:
         for tag, mapping in _MAPPINGS.items():
             if type(value) is mapping:
                 return {tag: pairs(value.items(), path)}
+        for kind, plain in _PLAIN.items():
+            if isinstance(value, kind):
+                return encode(plain(value), path)
         raise TypeError(
             f"{path} is of type {type(value).__name__}, which cannot be saved: pass tensors, numpy "
             "arrays of numbers or strings, numbers, strings, paths, None, and lists, tuples, dicts "

@@ -50,7 +50,7 @@ class Composed(ReadOnly):
     ) -> Any:
         """Apply the parts where a rule is known, else form the dense weight."""
         with without_torch_function():
-            if func in _METADATA:
+            if func in METADATA:
                 return func(*args, **(kwargs or {}))
             rule = RULES.get(func) or OPERATOR_RULES.get(operator_name(func))
             if rule is not None and (not kwargs or kwargs.keys() <= _OPTIONS):
@@ -222,7 +222,7 @@ _OPTIONS = {
 }
 
 # What can be answered without the weight's values. Strides are those that a compiler sees.
-_METADATA = {
+METADATA = {
     *map(getter, ("shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes")),
     *map(getter, ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized")),
     *(getattr(Tensor, name) for name in ("size", "dim", "numel", "nelement", "ndimension")),

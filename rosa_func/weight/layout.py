@@ -19,12 +19,14 @@ from torch import Tensor
 
 from rosa_func._torch import is_old_dynamo
 from rosa_func.weight.dense import Dense
+from rosa_func.weight.keeping import kept_as
 from rosa_func.weight.low_rank import LowRank
 from rosa_func.weight.parts import Base, Term, Weight, fixed, trainable
 from rosa_func.weight.past import Past
 from rosa_func.weight.quantised import QUANTISED
 from rosa_func.weight.rounding import compensation_dtype
 from rosa_func.weight.sparse_part import SparsePart
+from rosa_func.weight.spent import refuse_spent
 
 # A new kind is a file beside these, and an entry here. Terms are folded in this order.
 BASES: list[Any] = [Dense, *QUANTISED.values()]
@@ -57,13 +59,17 @@ class Parts(NamedTuple):
         return {**self.full, **cast}
 
 
-def read(state: TensorDict) -> Parts:
+def read(state: TensorDict, *, spent: bool = False) -> Parts:
     """Read a state, after making sure that no entry is missing and that all fit together.
+
+    Args:
+        state: what `write` returned.
+        spent: whether one that was donated will do, of which only the factors have values.
 
     Raises:
         TypeError: if it is not a TensorDict.
         KeyError: if an entry is missing, or there is one too many (named).
-        ValueError: if shapes do not fit (named).
+        ValueError: if shapes do not fit, or a tensor was donated (named).
     """
     if not isinstance(state, TensorDictBase):
         raise TypeError(f"the state is a TensorDict, got {type(state).__name__}")
@@ -81,6 +87,8 @@ def read(state: TensorDict) -> Parts:
     for name, value in branches["trainable"].items():
         if isinstance(value, Tensor):
             full[name] = value
+            if not spent:
+                refuse_spent((value,))
             continue
         if name not in dims:
             raise KeyError(f"the state lacks {name} in input_dim")
@@ -91,6 +99,8 @@ def read(state: TensorDict) -> Parts:
             fields.update(supports[name].items())
         base, terms = _base(name, frozen[name]), _terms(name, fields)
         adapted[name] = Weight(base, terms, dims[name], lost.get(name))
+        if not spent:
+            refuse_spent((*base, adapted[name].lost))  # type: ignore[misc]
         if is_checked:
             _check_shapes(name, adapted[name])
     if len(dims) > len(adapted):
@@ -139,10 +149,10 @@ def write(parts: Parts) -> TensorDict:
     return TensorDict({branch: TensorDict(values) for branch, values in branches.items()})
 
 
-def leaves(state: TensorDict) -> dict[str, Tensor]:
+def leaves(state: TensorDict, *, spent: bool = False) -> dict[str, Tensor]:
     """Return the trainable leaves by name, such as "0.weight.A", as they are."""
     found: dict[str, Tensor] = {}
-    parts = read(state)
+    parts = read(state, spent=spent)
     for name, w in parts.adapted().items():
         for term in w.terms:
             found |= {f"{name}.{field}": value for field, value in trainable(term).items()}
@@ -182,6 +192,12 @@ def is_drawn(path: Path) -> bool:
 def is_compensation(path: Path) -> bool:
     """Return whether the tensor at that path is what rounding took, which may have no elements."""
     return path[0] == "compensation"
+
+
+def kept_apart(state: TensorDict) -> set[Path]:
+    """Return the paths of what rounding took that is not kept beside its weight."""
+    kept = {name: kept_as(w) for name, w in read(state).adapted().items()}
+    return {("compensation", name) for name, how in kept.items() if how and how.place}
 
 
 def past_paths(state: TensorDict) -> list[Path]:
@@ -235,12 +251,13 @@ def _check_shapes(name: str, w: Weight) -> None:
 def _check_compensation(adapted: dict[str, Weight]) -> None:
     """Refuse a compensation that lacks a weight: it is kept for all of them, or all of 16 bit."""
     kept = {name: w.lost.dtype for name, w in adapted.items() if w.lost is not None}
-    default = {
-        name: None if w.base.coarse else compensation_dtype(w.base.dtype, None)
-        for name, w in adapted.items()
-    }
-    as_default = kept and all(dtype == default[name] for name, dtype in kept.items())
-    expected = [name for name in adapted if default[name]] if as_default else list(adapted)
+    dtypes = {name: w.base.dtype for name, w in adapted.items()}
+    is_of_all = any(  # as a master is, and all that rounding took
+        adapted[name].base.coarse or dtype == compensation_dtype(dtypes[name], True)
+        for name, dtype in kept.items()
+    )
+    default = [name for name, dtype in dtypes.items() if compensation_dtype(dtype, None)]
+    expected = default if kept and not is_of_all else list(adapted)
     if missing := [name for name in expected if name not in kept]:
         raise KeyError(
             f"the state lacks the compensation of {missing[0]} (a state of several dtypes cannot "

@@ -73,6 +73,10 @@ class LowRank(NamedTuple):
         """Return W + A B, in the dtype of W."""
         return self._added(W, 1, None)
 
+    def added_to(self, W: Tensor, own: bool) -> Tensor:
+        """Return W + A B; written over W if that is the caller's own."""
+        return self._added(W, 1, W if own else None)
+
     def taken_from(self, W: Tensor, own: bool) -> Tensor:
         """Return W - A B; written over W if that is the caller's own."""
         return self._added(W, -1, W if own else None)

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from rosa_func._torch import is_autocast, is_eager, without_autocast
 from rosa_func.weight import sampled
+from rosa_func.weight.low_rank import low_rank
 from rosa_func.weight.parts import Weight
+from rosa_func.weight.rounding import factor_dtype
 
 
 class SparsePart(NamedTuple):
@@ -121,6 +123,15 @@ def sparse_part(w: Weight) -> SparsePart | None:
         if isinstance(term, SparsePart):
             return term
     return None
+
+
+def with_zeros(w: Weight, support: Tensor) -> Weight:
+    """Return the weight with a sparse part that is zero, which trains if the factors do."""
+    support = support.to(w.base.device)
+    values = torch.zeros(
+        support.shape, dtype=factor_dtype(w.base.dtype), device=w.base.device
+    ).requires_grad_(any(leaf.requires_grad for leaf in low_rank(w)))
+    return w._replace(terms=(*w.terms, SparsePart(values, support)))
 
 
 def sparse_parts(weights: Mapping[str, Weight]) -> dict[str, SparsePart]:

@@ -1,0 +1,271 @@
+"""What training will need of memory, and a resample of time, before either is begun."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from rosa_func import keys, modules, samplers, targeting
+from rosa_func._alive import Alive, Attention
+from rosa_func.drawing import check_draw
+from rosa_func.extras import needs
+from rosa_func.forward import call
+from rosa_func.patterns import Rank
+from rosa_func.samplers import Sampler, Site
+from rosa_func.storage import Master, Storage
+from rosa_func.targeting import Targets
+from rosa_func.trainable import parameters
+from rosa_func.weight import Parts, Weight, write
+from rosa_func.weight.layout import entries, is_compensation, trains
+from rosa_func.weight.low_rank import LowRank
+from rosa_func.weight.parallel import map_weights
+from rosa_func.weight.rounding import factor_dtype
+
+Loss = Callable[[nn.Module, TensorDict], Tensor]
+
+_TIMED = 512  # the side of the largest weight that is drawn to see how long it takes
+
+
+class MemoryPlan(NamedTuple):
+    """Bytes by what they are for, see `plan`; `str()` makes a table of them.
+
+    Attributes:
+        frozen: residuals, and the tensors that do not train.
+        compensation: what rounding took, where it is kept.
+        trainable: factors, and what trains in full.
+        gradients: of what trains.
+        moments: what the optimizer holds.
+        activations: the rest of what is held at the peak of a step; 0 without a step.
+        peak: the most that is held at once.
+        resample: seconds of a resample on this machine, by draws of smaller weights.
+    """
+
+    frozen: int
+    compensation: int
+    trainable: int
+    gradients: int
+    moments: int
+    activations: int
+    peak: int
+    resample: float
+
+    def __str__(self) -> str:
+        """Make a table in MiB."""
+        *names, last = self._fields
+        width = max(map(len, names))
+        rows = [
+            f"{n:{width}} {size / 2**20:>12,.1f} MiB" for n, size in zip(names, self, strict=False)
+        ]
+        return "\n".join([*rows, f"{last:{width}} {self.resample:>12,.1f} s"])
+
+
+def plan(
+    model: Any,
+    r: Rank | None = None,
+    *,
+    batch: tuple[int, int] | None = None,
+    loss: Loss | None = None,
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] = torch.optim.AdamW,
+    dtype: torch.dtype | None = None,
+    sampler: Sampler = samplers.random,
+    targets: Targets = None,
+    train: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    exact: bool | None = None,
+    quantize: str | None = None,
+    master: Master = None,
+) -> MemoryPlan:
+    """Return what a state and a training step need of memory, without any of it being taken.
+
+    Two steps run on torch's meta device, where tensors have shapes and no values, and what is alive
+    after each operation is counted. So it is what this library, the model's code and the optimizer
+    do, not a formula. What a process needs beside its tensors (libraries, workspaces, memory that
+    an allocator keeps) is not in it. Where the model's code asks for a value, it is told 1 (True).
+
+    Args:
+        model: an `nn.Module`, also on the meta device, or a transformers config whose
+            `architectures` name a class.
+        r: as in `init`, as are `sampler`, `targets`, `train`, `exclude` and `exact`.
+        batch: rows and tokens of a batch for a transformers model with a language head; None for no
+            step, unless `loss` is given.
+        loss: in place of `batch`: (model, state) -> loss, with inputs on the meta device.
+        optimizer: makes the optimizer from a list of the leaves.
+        dtype: of the model's floating-point weights; None for its own.
+        sampler: see `init`.
+        targets: see `init`.
+        train: see `init`.
+        exclude: see `init`.
+        exact: see `init`.
+        quantize: see `init`.
+        master: see `init`; it is counted wherever it is.
+
+    Returns:
+        Bytes by kind.
+
+    Raises:
+        ValueError: as `init`; if both `batch` and `loss` are given.
+        TypeError: as `init`; if `model` is neither.
+
+    Example:
+        >>> import rosa_func, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1024, 1024, device="meta"))
+        >>> def loss(model, state):
+        ...     return rosa_func.call(model, state, torch.ones(8, 1024, device="meta")).sum()
+        >>> needs = rosa_func.plan(model, 16, loss=loss)
+        >>> needs.trainable, needs.moments  # A and B; two moments of each, and a count
+        (131072, 262152)
+    """
+    if batch is not None and loss is not None:
+        raise ValueError("batch and loss are two ways to say what a step computes: pass one")
+    check_draw(0, sampler)
+    storage = Storage(exact, None, quantize, master).check()
+    described = _on_meta(model, dtype)
+    chosen = targeting.plan(described, r, targets, train, exclude)
+    state = _described(described, chosen, sampler, storage)
+    sizes = {path: tensor.nbytes for path, tensor in entries(state).items()}
+    trained = sum(size for path, size in sizes.items() if trains(path))
+    kept = sum(size for path, size in sizes.items() if is_compensation(path))
+    frozen = sum(sizes.values()) - trained - kept
+    if batch is not None:
+        loss = partial(_language_loss, batch)
+    seconds = _resample_seconds(described, chosen, sampler)
+    held = frozen + kept + trained
+    if loss is None:
+        return MemoryPlan(frozen, kept, trained, 0, 0, 0, held, seconds)
+    peak, moments = _stepped(described, state, loss, optimizer)
+    rest = peak - held - trained - moments
+    return MemoryPlan(frozen, kept, trained, trained, moments, rest, peak, seconds)
+
+
+def _stepped(
+    model: nn.Module,
+    state: TensorDict,
+    loss: Loss,
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+) -> tuple[int, int]:
+    """Take two steps; return the most bytes alive at once, and those of the optimizer."""
+    leaves = parameters(state)
+    trained = optimizer(leaves)
+    with Attention(), Alive(entries(state).values()) as alive:
+        for _ in range(2):  # in the first there are no moments yet
+            trained.zero_grad()
+            loss(model, state).backward()  # type: ignore[no-untyped-call]
+            trained.step()
+    slots = [value for slots in trained.state.values() for value in slots.values()]
+    return alive.peak, sum(value.nbytes for value in slots if isinstance(value, Tensor))
+
+
+def _language_loss(batch: tuple[int, int], model: nn.Module, state: TensorDict) -> Tensor:
+    ids = torch.zeros(batch, dtype=torch.long, device="meta")
+    result: Tensor = call(model, state, ids, labels=ids, use_cache=False).loss
+    return result
+
+
+def _on_meta(model: Any, dtype: torch.dtype | None) -> nn.Module:
+    """Return the model, or the one that a config describes, on the meta device, in training."""
+    if not isinstance(model, nn.Module):
+        model = _from_config(model)
+    modules.refuse_int8(model)
+    moved = {name: tensor.to("meta") for name, tensor in modules.tensors(model).items()}
+    described = modules.with_tensors(model, moved).to("meta").train()
+    return described if dtype is None else described.to(dtype)
+
+
+def _from_config(config: Any) -> nn.Module:
+    if not hasattr(config, "architectures"):
+        raise TypeError(
+            "plan takes an nn.Module or a transformers config, got "
+            f"{type(config).__name__}; AutoConfig.from_pretrained(name) reads one"
+        )
+    with needs("trainer"):
+        import transformers
+
+    kind: Any = getattr(transformers, (config.architectures or [""])[0], None)
+    with torch.device("meta"):
+        if kind is None:
+            kind = transformers.AutoModelForCausalLM
+            model: nn.Module = kind.from_config(config)
+        else:
+            model = kind._from_config(config)
+    return model
+
+
+def _described(
+    model: nn.Module,
+    plan: targeting.Plan,
+    sampler: Sampler,
+    storage: Storage,
+) -> TensorDict:
+    """Return the state that `init` would make, on the meta device."""
+    weights = modules.tensors(model)
+    is_split = _takes_something(sampler)
+
+    def adapted(name: str) -> Weight:
+        W, (r, input_dim) = weights[name].detach(), plan.adapted[name]
+        kept, wide = storage.kept(W), factor_dtype(W.dtype)
+        lead = W.shape[:-2] if input_dim < 0 else ()
+        m, n = (W if input_dim < 0 else W.flatten(1)).shape[-2:]
+        A, B = (W.new_empty(*lead, *size, dtype=wide) for size in ((m, r), (r, n)))
+        base, lost = storage.like(W, batch=input_dim < 0).store(W.to(wide) if is_split else W)
+        if kept is not None:
+            size = W.shape if lost is not None or is_split else torch.Size([0])
+            lost = W.new_empty(size, dtype=kept.dtype)
+        return Weight(
+            base, (LowRank(A, B),), torch.tensor(input_dim), None if kept is None else lost
+        )
+
+    full = {
+        name: weights[name].detach().to(factor_dtype(weights[name].dtype), copy=True)
+        for name in plan.full
+    }
+    dtypes = {name: weights[name].dtype for name in full if full[name].dtype != weights[name].dtype}
+    frozen = {
+        name: adapted(name) if name in plan.adapted else weights[name].detach()
+        for name in plan.names
+        if name not in full
+    }
+    return write(Parts(frozen, full, dtypes))
+
+
+def _takes_something(sampler: Sampler) -> bool:
+    """Return whether a sampler's product is not zero, so that R is not W."""
+    A, B = sampler(torch.eye(2), 1, Site("weight", 1, keys.generator(0, "plan", "")))
+    return bool(A.any() and B.any())
+
+
+def _resample_seconds(model: nn.Module, plan: targeting.Plan, sampler: Sampler) -> float:
+    """Return the time of a draw of all weights, by that of one of each shape, made smaller.
+
+    That of a decomposition grows with the third power of the size.
+    """
+    shapes = {name: tensor.shape for name, tensor in modules.tensors(model).items()}
+    each = Counter((shapes[name], target) for name, target in plan.adapted.items())
+    seconds = 0.0
+    for (shape, (r, input_dim)), count in each.items():
+        lead, m, n = shape[:-2], *shape[-2:]
+        if input_dim >= 0:
+            lead, m, n = shape[:0], shape[0], shape[1:].numel()
+        scale = min(1.0, _TIMED / min(m, n))
+        rows, columns = max(1, round(m * scale)), max(1, round(n * scale))
+        seconds += _draw_seconds(rows, columns, min(r, rows, columns), input_dim % 2, sampler) * (
+            count * lead.numel() / scale**3
+        )
+    return seconds / torch.get_num_threads()
+
+
+def _draw_seconds(m: int, n: int, r: int, input_dim: int, sampler: Sampler) -> float:
+    """Return the time of one draw on one thread."""
+    W = torch.randn(m, n, generator=keys.generator(0, "plan", ""))
+
+    def timed(_: int) -> float:
+        site = Site("weight", input_dim, keys.generator(0, "plan", ""))
+        start = perf_counter()
+        sampler(W, r, site)
+        return perf_counter() - start
+
+    return min(seconds for _ in range(3) for seconds in map_weights(timed, range(1)))
