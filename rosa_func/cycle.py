@@ -132,12 +132,10 @@ def drawn_again(
             partial(keys.generator, key, "resample", name),
             kept_as(w),
         )
-        W = rounding.join(w)
+        dim = w.input_dim.clone()  # on the device of the old one
         if w.base.coarse and w.lost is None:
-            new = draw_beside(how, W, w)
-        else:
-            new = draw(how, W, w.base, w.terms, own=True)
-        new = new._replace(input_dim=w.input_dim.clone())  # on the device of the old one
+            return draw_beside(how, rounding.join(w), w)._replace(input_dim=dim)
+        new = draw(how, rounding.join(w), w.base, w.terms, own=True)._replace(input_dim=dim)
         return handover.weight(name, w, new)
 
     weights = draw_all(redrawn, adapted, parts.full, progress)

@@ -195,8 +195,9 @@ class RosaModule(nn.Module):
                     parameter.grad = None
             try:
                 self.state = new
-            except BaseException:  # Ctrl-C; what is old is given its values
-                self.state = old
+            except BaseException:  # Ctrl-C; what is old is given its values, where it has room
+                has_past = not set(past_paths(new)).isdisjoint(entries(new))
+                self.state = new if has_past else old
                 raise
 
     def train(self, mode: bool = True) -> "RosaModule":

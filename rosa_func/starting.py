@@ -107,14 +107,15 @@ def init(
     Raises:
         ValueError: for a rank out of range, a pattern without a match, a weight both adapted and
             in `train`, non-finite or meta weights, `max_norm` embeddings, 16-bit ones with sparse
-            gradients in `train`, nothing to train, a decomposition that does not converge, or
-            `quantize`, `master` and `compensation` that do not go together; or if a model is
-            donated that shares the memory of a weight in `targets` or `train` with another model, a
-            state or a graph that waits for its backward pass (named).
+            gradients in `train`, nothing to train, a decomposition that does not converge, options
+            that do not go together; or if a model is donated that shares the memory of a weight in
+            `targets` or `train` with another model, a state or a graph that waits for its backward
+            pass (named).
         TypeError: for a model, rank, key, sampler, pattern, option or weight of the wrong type or
             dtype, a model with adapters of peft or 8-bit layers of bitsandbytes in it, or a
             quantised or sharded tensor in `targets` or `train` (elsewhere it stays as it is).
-        OSError: if the folder for the compensation is gone, full, or not to be written to.
+        OSError: if the folder for the compensation, or the master, is gone, full, or not to be
+            written to.
 
     Warns:
         UserWarning: if a task head would stay frozen at its random start, or the default targets

@@ -19,9 +19,8 @@ def merge_bound(W: Tensor, w: Weight) -> Tensor:
     else:
         # A master may be that of a weight whose rounding was not kept.
         is_kept = w.lost is not None and not w.base.coarse
-        bound = rounding_bound_in_16_bit(
-            W.view(matrices), R, A, B, w.lost.dtype if is_kept else None
-        )
+        kept = w.lost.dtype if is_kept else None
+        bound = rounding_bound_in_16_bit(W.view(matrices), R, A, B, kept)
     return bound.view(W.shape).double() + storing_bound(w)
 
 
@@ -51,6 +50,8 @@ def master_bound(w: Weight) -> Tensor:
     That of W to a number of its dtype moves by as much once more.
     """
     assert w.lost is not None
+    if not w.lost.numel():  # nothing was taken
+        return torch.zeros((), dtype=torch.float64)
     info = torch.finfo(w.lost.dtype)
     return w.lost.double().abs() * info.eps + info.smallest_normal * info.eps
 

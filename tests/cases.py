@@ -224,8 +224,8 @@ class Parts(NamedTuple):
             if self.base != "dense":
                 kept = None if lost is None else Kept(torch.float64 if exact else w.base.dtype)
                 if self.base in QUANTISED_BASES:
-                    dtype = torch.float16 if kept is None else kept.dtype
-                    kept = Kept(torch.promote_types(dtype, torch.float16))
+                    own = torch.float16 if kept is None else kept.dtype
+                    kept = Kept(torch.promote_types(own, torch.float16))
                 like = BASES[self.base](W.to(w.base.dtype), w.is_batch())
                 base, lost = split(W, factors, like, kept)
             more = [at_start(W.to(w.base.dtype), w.is_batch()) for at_start in TERMS[self.terms]]

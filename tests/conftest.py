@@ -1,6 +1,7 @@
 """The Hypothesis profile of the tests, the toy parts, and what is not collected."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -19,6 +20,9 @@ settings.register_profile(
     "rosa_func", deadline=None, derandomize=True, max_examples=10, phases=_PHASES
 )
 settings.load_profile("rosa_func")
+
+# A shell lets what it starts in the background ignore Ctrl-C, and so what that starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The experiments need Python 3.11, for its tomllib.
 collect_ignore_glob = ["test_experiments*.py"] if sys.version_info < (3, 11) else []

@@ -199,6 +199,7 @@ def of_both_resamples(state: TensorDict, sampler: samplers.Sampler = samplers.ra
     together = distributed.resample(state, 1, sampler=sampler)
     alone = rosa_func.resample(state, 1, sampler=sampler)
     hashes = [distributed.check_equal(together), checkpoint.digest(alone)]
+    del together, alone  # they may share what is donated
     donated = distributed.resample(state, 1, sampler=sampler, donate=True)
     return [*hashes, distributed.check_equal(donated)]
 

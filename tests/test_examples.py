@@ -454,11 +454,7 @@ def test_ddp_ends_all_its_processes_in_one_line_when_interrupted(base_cache: Pat
     command = [sys.executable, "-u", "-m", "examples.ddp", "--short", "--cache", str(base_cache)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}  # in the processes that it starts too
-
-    def hear() -> None:  # what a shell starts in the background ignores Ctrl-C, as do its children
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    options: dict[str, Any] = {"env": unbuffered, "start_new_session": True, "preexec_fn": hear}
+    options: dict[str, Any] = {"env": unbuffered, "start_new_session": True}
     with subprocess.Popen(command, cwd=ROOT, **pipes, **options) as run:
         assert run.stdout is not None
         said = iter(run.stdout.readline, "")

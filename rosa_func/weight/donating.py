@@ -46,12 +46,10 @@ def handing_over(taker: str) -> Iterator[Handover]:
     taken: list[_Taken] = []
 
     def weight(name: str, old: Weight, new: Weight) -> Weight:
-        is_beside = all(map(is_alias, _stored(old), _stored(new)))  # nothing will be written
         base = type(new.base)(*map(into, _stored(old), _stored(new)))
         lost = new.lost if None in (old.lost, new.lost) else into(old.lost, new.lost)  # type: ignore[arg-type]
         new = new._replace(base=base, lost=lost)
-        parts = _stored if is_beside else _all
-        taken.extend(_Taken(name, *pair) for pair in zip(parts(old), parts(new), strict=True))
+        taken.extend(_Taken(name, *pair) for pair in zip(_all(old), _all(new), strict=True))
         return new
 
     def leaf(name: str, old: Tensor) -> Tensor:

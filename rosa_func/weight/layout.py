@@ -251,16 +251,15 @@ def _check_shapes(name: str, w: Weight) -> None:
 def _check_compensation(adapted: dict[str, Weight]) -> None:
     """Refuse a compensation that lacks a weight: it is kept for all of them, or all of 16 bit."""
     kept = {name: w.lost.dtype for name, w in adapted.items() if w.lost is not None}
-    by_default = {name: compensation_dtype(w.base.dtype, None) for name, w in adapted.items()}
-    is_default = kept and not any(_is_of_all(adapted[name].base, d) for name, d in kept.items())
-    expected = [name for name in adapted if by_default[name]] if is_default else list(adapted)
+    dtypes = {name: w.base.dtype for name, w in adapted.items()}
+    is_of_all = any(  # as a master is, and all that rounding took
+        adapted[name].base.coarse or dtype == compensation_dtype(dtypes[name], True)
+        for name, dtype in kept.items()
+    )
+    default = [name for name, dtype in dtypes.items() if compensation_dtype(dtype, None)]
+    expected = default if kept and not is_of_all else list(adapted)
     if missing := [name for name in expected if name not in kept]:
         raise KeyError(
             f"the state lacks the compensation of {missing[0]} (a state of several dtypes cannot "
             "be cast by .to(dtype): cast the model, and use init)"
         )
-
-
-def _is_of_all(base: Base, dtype: torch.dtype) -> bool:
-    """Return whether a compensation in that dtype is a master, or one that makes merges exact."""
-    return base.coarse or dtype == compensation_dtype(base.dtype, True)
