@@ -1,7 +1,7 @@
 """What storing a residual takes, and how and where it is kept."""
 
 import os
-from tempfile import NamedTemporaryFile
+from tempfile import mkstemp
 from typing import NamedTuple
 
 import torch
@@ -74,11 +74,14 @@ def _mapped(tensor: Tensor, folder: str | os.PathLike[str]) -> Tensor:
     """
     values = tensor.cpu().flatten().view(torch.uint8)
     try:
-        with NamedTemporaryFile(prefix=_PREFIX, dir=folder) as file:
-            file.write(values.numpy().data if len(values) else bytes(tensor.itemsize))
-            file.flush()
+        file, name = mkstemp(prefix=_PREFIX, dir=folder)
+        try:
+            with open(file, "wb") as opened:
+                opened.write(values.numpy().data if len(values) else bytes(tensor.itemsize))
             size = max(1, tensor.numel())
-            mapped = torch.from_file(file.name, shared=True, size=size, dtype=tensor.dtype)
+            mapped = torch.from_file(name, shared=True, size=size, dtype=tensor.dtype)
+        finally:
+            os.unlink(name)
     except OSError as error:
         raise OSError(
             error.errno,
