@@ -15,7 +15,7 @@ from rosa_func.samplers import Sampler
 from rosa_func.storage import Master, Storage
 from rosa_func.targeting import Plan, Targets
 from rosa_func.weight import Parts, Weight, write
-from rosa_func.weight.donating import emptying
+from rosa_func.weight.donating import Take, emptying
 from rosa_func.weight.keeping import Place
 from rosa_func.weight.rounding import factor_dtype
 from rosa_func.weight.sharing import shared_model
@@ -143,8 +143,8 @@ def init(
     modules.refuse_sparse_gradients(model, plan.full)
     if donate:
         _refuse_shared(model, [(name, own[name]) for name in [*plan.adapted, *plan.full]])
-    with emptying(own) if donate else nullcontext() as take:
-        tensors = {name: tensor.detach() for name, tensor in own.items()}
+    with emptying(own) if donate else nullcontext((modules.tensors(model), None)) as given:
+        tensors, take = given
         return split_all(
             plan,
             tensors.__getitem__,
@@ -171,7 +171,7 @@ def split_all(
     key: int,
     sampler: Sampler,
     storage: Storage,
-    take: Callable[[Tensor, Weight], Weight] | None = None,
+    take: Take | None = None,
     progress: Progress = False,
 ) -> TensorDict:
     """Do what `init` does by a plan, with the tensors of the model as `load` gives them by name.

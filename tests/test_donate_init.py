@@ -266,7 +266,7 @@ class TestHalfWay:
         sampler = failing(k, failure)
         parameters = dict(model.named_parameters())
         state = rosa_func.init(whole, 2, exact=exact)
-        with pytest.raises(RuntimeError if failure == "error" else KeyboardInterrupt):
+        with pytest.raises(RuntimeError if failure == "error" else KeyboardInterrupt) as caught:
             rosa_func.init(model, 2, sampler=sampler, exact=exact, donate=True)
         weights = read(state).adapted()
         for name, p in model.named_parameters():
@@ -278,6 +278,7 @@ class TestHalfWay:
                 assert ((p - W).abs() <= merge_bound(W, weights[name])).all()
         model(IDS).logits.sum().backward()
         rosa_func.init(model, 2, donate=True)
+        assert caught.traceback  # which is still there
 
     @pytest.mark.parametrize("train", [(), "2.weight"])
     def test_nothing_is_taken_where_a_weight_is_not_finite(self, train):

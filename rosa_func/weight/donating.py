@@ -47,8 +47,9 @@ def handing_over(taker: str) -> Iterator[Handover]:
 
     def weight(name: str, old: Weight, new: Weight) -> Weight:
         base = type(new.base)(*map(into, _stored(old), _stored(new)))
-        lost = new.lost if None in (old.lost, new.lost) else into(old.lost, new.lost)  # type: ignore[arg-type]
-        new = new._replace(base=base, lost=lost)
+        new = new._replace(base=base)
+        if old.lost is not None and new.lost is not None:
+            new = new._replace(lost=into(old.lost, new.lost))
         taken.extend(_Taken(name, *pair) for pair in zip(_all(old), _all(new), strict=True))
         return new
 
@@ -57,10 +58,10 @@ def handing_over(taker: str) -> Iterator[Handover]:
         return taken[-1].new
 
     def give_back() -> None:
-        for name, old, new in taken:
+        for _, old, new in taken:
             if old is not new:
                 restore(old, new)
-                spend(new, f"{name} is that of a {taker} that did not end")  # whoever has it still
+                spend(new, _NOT_ENDED)
 
     try:
         yield Handover(weight, leaf)
@@ -81,23 +82,32 @@ class _Taken(NamedTuple):
 
 
 _INSTEAD = "its memory holds other values now; use the state that was returned"
+# Of what nobody was given; a traceback may have it still.
+_NOT_ENDED = "this tensor was that of a state that was not made: there was an exception"
 _CALL = (
     "rosa_func.call(model, state, ...) computes with its state, and rosa_func.skeleton(model) is a "
     "model without weights, to be moved, copied or kept"
 )
 
 
+Take = Callable[[Tensor, Weight], Weight]
+
+
 @contextmanager
-def emptying(model: Mapping[str, Tensor]) -> Iterator[Callable[[Tensor, Weight], Weight]]:
-    """Yield (W, new) -> the new weight in the memory of W where it fits; at the end spend them all.
+def emptying(model: Mapping[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], Take]]:
+    """Yield what a state may have of a model's tensors, and spend these at the end.
 
     After an exception the weights that were taken are merged back into the memory of W.
 
     Args:
         model: the tensors of a model by name.
+
+    Yields:
+        The tensors that take their place; and (W, new) -> the new weight, in the memory of W where
+        it fits.
     """
-    taken: list[tuple[Tensor, Weight]] = []
     own = {name: tensor.detach() for name, tensor in model.items()}
+    taken: list[tuple[Tensor, Weight]] = []
 
     def take(W: Tensor, new: Weight) -> Weight:
         fields = list(_stored(new))
@@ -112,15 +122,20 @@ def emptying(model: Mapping[str, Tensor]) -> Iterator[Callable[[Tensor, Weight],
     def merge_back(pair: tuple[Tensor, Weight]) -> None:
         W, new = pair
         W.copy_(join(new))
+        for field in _stored(new):
+            spend(field, _NOT_ENDED)
 
     def give_back() -> None:
-        for name, tensor in model.items():
-            if isinstance(tensor, Spent):
-                restore(tensor, own[name])
         map_weights(merge_back, taken)
+        for name, tensor in model.items():
+            if type(tensor) is Spent:
+                restore(tensor, own[name])
+        for tensor in own.values():
+            if address(tensor):
+                spend(tensor, _NOT_ENDED)
 
     try:
-        yield take
+        yield own, take
         for name, tensor in model.items():
             if address(tensor):
                 spend(tensor, f"{name} of this model was donated to init: {_CALL}")

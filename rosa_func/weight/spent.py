@@ -63,9 +63,9 @@ def restore(tensor: Tensor, value: Tensor) -> None:
     """
     if tensor is value:
         return
-    if tensor.is_leaf and not (isinstance(tensor, Spent) or is_alias(tensor, value)):
+    if tensor.is_leaf and not (type(tensor) is Spent or is_alias(tensor, value)):
         tensor.grad = None
-    if isinstance(tensor, Spent):
+    if type(tensor) is Spent:
         turn_into(tensor, tensor.before)
     tensor.data = value.detach()
     if not tensor.is_inference():
@@ -75,7 +75,7 @@ def restore(tensor: Tensor, value: Tensor) -> None:
 def refuse_spent(values: Iterable[Any]) -> None:
     """Refuse spent tensors."""
     for value in values:
-        if isinstance(value, Spent):
+        if type(value) is Spent:
             raise ValueError(value.reason)
 
 
