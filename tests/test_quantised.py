@@ -27,6 +27,7 @@ from references import (
 from rosa_func import _torch, checkpoint, export, quantised, samplers, sparse
 from rosa_func.module import RosaModule
 from rosa_func.weight import read
+from rosa_func.weight.keeping import kept_as
 from rosa_func.weight.layout import entries
 from rosa_func.weight.quantised import Nf4
 
@@ -292,6 +293,40 @@ class TestMaster:
         merged = quantised.merge_into_master(state).weights["weight"]
         assert distance(merged, model.weight.detach()) <= 1e-3
 
+    @EVERY_KIND
+    def test_a_master_in_a_folder_stays_there(self, kind, tmp_path):
+        model = layers()
+        state = state_of(model, kind, master=tmp_path)
+        beside = state_of(model, kind, master=True)
+        for key in range(2):
+            weights = read(state).adapted()
+            assert {kept_as(w).place for w in weights.values()} == {str(tmp_path)}
+            assert state_bytes(state) == state_bytes(beside)
+            state, beside = (rosa_func.resample(s, key) for s in (state, beside))
+        module = RosaModule(model, state)
+        module.resample(3)
+        assert state_bytes(module.state.detach()) == state_bytes(rosa_func.resample(beside, 3))
+        assert kept_as(read(module.state).adapted()["0.weight"]).place == str(tmp_path)
+
+    @pytest.mark.parametrize("master", [None, True])
+    @EVERY_KIND
+    def test_a_donated_state_gives_the_same_bits(self, kind, master):
+        model = layers()
+        sampler = samplers.random if master else samplers.additive
+        state, same = (perturbed(state_of(model, kind, master=master)) for _ in range(2))
+        for key in range(2):
+            pure = rosa_func.resample(same, key, sampler=sampler)
+            state = rosa_func.resample(state, key, sampler=sampler, donate=True)
+            assert state_bytes(state) == state_bytes(pure)
+            same = pure
+
+    def test_a_donated_model_is_emptied(self):
+        model, same = layers(), layers()
+        state = rosa_func.init(model, 3, quantize="nf4", donate=True)
+        assert state_bytes(state) == state_bytes(state_of(same))
+        with pytest.raises(ValueError, match="donated to init"):
+            model[0].weight.sum()
+
     def test_a_resample_without_one_is_refused_where_it_would_quantise_again(self):
         state = state_of(two_layers())
         before = state_bytes(state)
@@ -310,6 +345,8 @@ class TestMaster:
             ({"master": True}, ValueError, "pass quantize as well"),
             ({"quantize": "nf4", "master": 3}, TypeError, "'cpu' or a folder, got 3"),
             ({"quantize": "nf4", "exact": True}, ValueError, "master=True"),
+            ({"quantize": "nf4", "compensation": "cpu"}, ValueError, "takes pass master='cpu'"),
+            ({"quantize": "nf4", "master": "/no/such/folder"}, OSError, "/no/such/folder"),
         ):
             before = model_snapshot(model)
             with pytest.raises(error, match=match):
