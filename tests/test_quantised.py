@@ -365,7 +365,7 @@ class TestMaster:
             ({"master": True}, ValueError, "pass quantize as well"),
             ({"quantize": "nf4", "master": 3}, TypeError, "'cpu' or a folder, got 3"),
             ({"quantize": "nf4", "exact": True}, ValueError, "master=True"),
-            ({"quantize": "nf4", "compensation": "cpu"}, ValueError, "takes is kept by master"),
+            ({"quantize": "nf4", "compensation": "cpu"}, ValueError, "takes pass master='cpu'"),
             ({"quantize": "nf4", "master": "/no/such/folder"}, OSError, "/no/such/folder"),
         ):
             before = model_snapshot(model)

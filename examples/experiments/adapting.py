@@ -31,6 +31,7 @@ class Adaptation:
         else:
             options = {"targets": None, "train": task.train, "key": cell.seed}
             options["sampler"] = self.sampler(lambda: dict(task.model.named_parameters()), 0)
+            options |= {"quantize": method.quantize or None, "master": method.master or None}
             self.state = rosa_func.init(task.model, method.rank, **options)
         self.density = density(task.model, method.budget, method.rank) if method.budget else 0.0
         self.model = rosa_func.skeleton(task.model)  # the weights are in the state from here on

@@ -10,6 +10,8 @@ import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rosa_func.weight.quantised import QUANTISED
+
 FOLDER = Path(__file__).parent
 SPECS = FOLDER / "specs"  # a TOML file for each experiment
 RESULTS = FOLDER / "results"  # the published lines
@@ -39,6 +41,8 @@ class Method(NamedTuple):
     begin: int = 0  # steps of the factors alone, before the support is chosen
     restart: bool = False  # from the first weights and factors, once it is
     values: float = 1.0  # rate of the sparse values over that of the input side
+    quantize: str = ""  # how residuals are stored, as in rosa_func.init; "" for as they are
+    master: bool = False  # keep what quantising takes, for resamples
 
     @property
     def label(self) -> str:
@@ -130,6 +134,8 @@ def load(name: str, folder: Path = SPECS) -> Experiment:
                     f"{path}: {method.label} has a support by {method.support!r} and a budget of "
                     f"{method.budget}: it is by 'gradient' or 'random', the budget above the rank"
                 )
+            if (method.quantize or method.master) and (problem := _stored_wrongly(method)):
+                raise SystemExit(f"{path}: {method.label} {problem}")
             if start[method] not in rates:
                 raise SystemExit(f"{path}: {method.label} starts at a rate beside {rates}")
             if "times" in entry and "like" not in entry:
@@ -168,6 +174,17 @@ def with_model(experiment: Experiment, model: str) -> Experiment:
         title=f"{experiment.title}: with {model} in its place",
         setting={**experiment.setting, "model": model},
     )
+
+
+def _stored_wrongly(method: Method) -> str | None:
+    """Say what does not go together in how the residuals of a method are stored."""
+    if not method.quantize:
+        return "has a master, and is not quantised"
+    if method.quantize not in QUANTISED or method.sampler == "full":
+        return f"is quantised by {method.quantize!r}: it is by {', '.join(QUANTISED)}, not full"
+    if method.every and not method.master and method.sampler not in ("additive", "lora"):
+        return "is quantised without a master, so its resamples are by additive or lora"
+    return None
 
 
 def best_rate(experiment: Experiment, method: Method, scores: dict[str, float]) -> float | None:
