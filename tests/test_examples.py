@@ -448,6 +448,14 @@ def test_the_benchmark_of_a_call_times_every_contender(run_example: RunExample):
     assert "at most 1: not judged" in done.out
 
 
+def test_the_benchmark_of_16_bits_times_each_dtype(run_example: RunExample):
+    done = run_example("benchmark.sixteen_bit", "--short")
+    assert done.code == 0
+    printed = {tuple(line.split()[:2]) for line in done.out.splitlines()[1:]}
+    dtypes = ("float32", "bfloat16", "float16")
+    assert {(how, of) for how in ("random", "projection") for of in dtypes} <= printed
+
+
 @pytest.mark.parametrize("heard", [1, 2], ids=["while it starts processes", "when they run"])
 def test_ddp_ends_all_its_processes_in_one_line_when_interrupted(base_cache: Path, heard: int):
     """Ctrl-C, which goes to the whole group of processes, was lost while they were started."""

@@ -1,30 +1,44 @@
 """What a state costs on disk and in memory: a table, each figure of memory in a fresh process.
 
-    python -m examples.benchmark.sizes [--short]
+    python -m examples.benchmark.sizes [--short] [--parts disk loading checkpointing training]
 
 1. Disk: the whole state of GPT-2 small against the change alone, after five cycles at rank 8.
 2. Loading: `init_from` on a model of SmolLM2-135M's size, its peak above the state that it returns.
 3. Gradient checkpointing: peak memory and time of training GPT-2 small, with and without.
+4. Training from a folder: `init_from` and three steps of GPT-2 medium on 1 x 64 tokens, beside
+   `from_pretrained` and peft's LoRA, in bfloat16 and float32.
 """
 
 import argparse
 import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict import TensorDict
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import rosa_func
-from examples.benchmark.contenders import gpt2, rosa, tokens, train_step
+from examples.benchmark.contenders import (
+    Contender,
+    gpt2,
+    peft,
+    peft_lora,
+    rosa,
+    rosa_of,
+    tokens,
+    train_step,
+)
 from examples.benchmark.fresh_process import in_a_process
-from examples.shared.peak_memory import peak_memory_of_this_process
-from rosa_func import checkpoint
+from examples.shared.peak_memory import memory_of_this_process, peak_memory_of_this_process
+from rosa_func import checkpoint, samplers
 
+PARTS = ("disk", "loading", "checkpointing", "training")
 RANK, CYCLES, STEPS = 8, 5, 2
+TRAINING_RANK = 16
 SMOLLM2 = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -34,6 +48,7 @@ SMOLLM2 = {
     "num_key_value_heads": 3,
     "tie_word_embeddings": True,
 }
+GPT2_MEDIUM = {"n_layer": 24, "n_embd": 1024, "n_head": 16}
 TINY_GPT2 = {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 512}
 TINY_LLAMA = SMOLLM2 | {"vocab_size": 512, "num_hidden_layers": 2}
 
@@ -96,8 +111,27 @@ def checkpointing(sizes: dict[str, int], batch: tuple[int, int]) -> list[str]:
     ]
 
 
+def training(sizes: dict[str, int]) -> list[str]:
+    """Compare the memory of training from a folder with peft's."""
+    lines = []
+    for dtype in ("bfloat16", "float32"):
+        with tempfile.TemporaryDirectory() as folder:
+            gpt2(sizes).to(getattr(torch, dtype)).save_pretrained(folder)
+            found = {method: apart("finetune", method, folder) for method in METHODS}
+        for method, of in found.items():
+            line = (
+                f"{dtype}, {NAMES[method]}: peak {of['peak']:.0f} MiB, then {of['held']:.0f}, "
+                f"of which compensation {of['compensation']:.0f}"
+            )
+            if "peft" in found and method != "peft":
+                ratio = (of["peak"] - of["compensation"]) / found["peft"]["peak"]
+                line += f"; without that {ratio:.3f} of peft's peak"
+            lines.append(line)
+    return lines
+
+
 def apart(what: str, *args: Any) -> dict[str, float]:
-    """Run `load` or `train` in a fresh process."""
+    """Run `load`, `train` or `finetune` in a fresh process."""
     return in_a_process("examples.benchmark.sizes", "--work", json.dumps([what, *args]))
 
 
@@ -130,20 +164,60 @@ def train(sizes: dict[str, int], batch: list[int], checkpointed: bool) -> dict[s
     return {"above": peak_memory_of_this_process() - before, "seconds": times[-1]}
 
 
+NAMES = {"peft": "peft LoRA", "random": "ROSA", "folder": "the same in a folder", "lora": "LoRA"}
+METHODS = [method for method in NAMES if peft or method != "peft"]
+
+
+def finetune(method: str, folder: str) -> dict[str, float]:
+    """Load a model from its folder and take some steps; return sizes in MiB."""
+    kept = 0
+    with tempfile.TemporaryDirectory() as place:
+        if method == "peft":
+            model = GPT2LMHeadModel.from_pretrained(folder, dtype="auto")
+            contender, config = peft_lora(model.train(), TRAINING_RANK), model.config
+            del model
+        else:
+            contender, config, kept = of_ours(method, folder, place)
+        inputs = tokens(config, (1, 64))
+        for _ in range(3):
+            train_step(contender, *inputs)
+        peak, held = peak_memory_of_this_process(), memory_of_this_process()
+    return {"peak": peak, "held": held, "compensation": kept / 2**20}
+
+
+def of_ours(method: str, folder: str, place: str) -> tuple[Contender, Any, int]:
+    """Return what trains, its config, and the bytes of compensation that are in memory."""
+    model, state = rosa_func.init_from(
+        folder,
+        TRAINING_RANK,
+        sampler=samplers.lora if method == "lora" else samplers.random,
+        compensation=place if method == "folder" else None,
+    )
+    lost = state.get("compensation", {}).values() if method != "folder" else ()
+    return rosa_of(model.train(), state), model.config, sum(tensor.nbytes for tensor in lost)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="tiny models")
+    parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS, help="default all")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         what, *rest = json.loads(args.work)
-        print(json.dumps({"load": load, "train": train}[what](*rest)))
+        print(json.dumps({"load": load, "train": train, "finetune": finetune}[what](*rest)))
         return
-    print(*disk(TINY_GPT2 if args.short else {}), sep="\n", flush=True)
-    print(*loading(TINY_LLAMA if args.short else SMOLLM2), sep="\n", flush=True)
-    batch = (2, 32) if args.short else (8, 512)
-    print(*checkpointing(TINY_GPT2 if args.short else {}, batch), sep="\n", flush=True)
+    small = TINY_GPT2 if args.short else {}
+    works = {
+        "disk": partial(disk, small),
+        "loading": partial(loading, TINY_LLAMA if args.short else SMOLLM2),
+        "checkpointing": partial(checkpointing, small, (2, 32) if args.short else (8, 512)),
+        "training": partial(training, small or GPT2_MEDIUM),
+    }
+    for part in PARTS:
+        if part in args.parts:
+            print(*works[part](), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,27 +3,28 @@
 import sys
 from pathlib import Path
 
-
-def memory_of_this_process() -> float:
-    """Return the resident memory of this process in MiB, or its peak (not Linux)."""
-    return _status("VmRSS")
+STATUS = Path("/proc/self/status")
 
 
 def peak_memory_of_this_process() -> float:
     """Return the peak resident memory of this process in MiB."""
-    return _status("VmHWM")
-
-
-def _status(entry: str) -> float:
-    status = Path("/proc/self/status")
-    if status.exists():
+    if STATUS.exists():
         # On Linux ru_maxrss counts the parent's peak too: it survives fork and exec.
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(lines[entry].split()[0]) / 2**10
+        return _in_status("VmHWM")
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def memory_of_this_process() -> float:
+    """Return the resident memory of this process in MiB, NaN where the system does not say."""
+    return _in_status("VmRSS") if STATUS.exists() else float("nan")
+
+
+def _in_status(key: str) -> float:
+    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    return int(lines[key].split()[0]) / 2**10
 
 
 def reset_peak_memory() -> None:
