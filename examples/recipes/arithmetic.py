@@ -1,0 +1,196 @@
+"""Arithmetic of states: soups, task vectors, paths, and a way back that is exact bit for bit.
+
+    python -m examples.recipes.arithmetic [--short] [--out DIR]
+
+A network that reads upright characters without serifs is adapted to others. What came out is a
+value, W = R + A B for each weight, and values can be added:
+
+    soup          W0 + mean_i (W_i - W0)             runs on one task that differ in key and order
+    task vectors  W0 + c (W_1 - W0) + c (W_2 - W0)   two tasks, and -c to forget one
+    path          W0 + t (W_1 - W0)                  from start to end, and beside it the run itself
+
+The weights are averaged, not the factors: A and B of two draws stand for different parts of W, and
+even from one draw
+
+    mean(A) mean(B) = mean(A B) - (A_1 - A_2)(B_1 - B_2) / 4
+
+The sum of changes needs no dense matrix: their factors stand side by side, and ranks add.
+
+Sources: Wortsman et al. 2022, "Model soups"; Ilharco et al. 2023, "Editing models with task
+arithmetic".
+"""
+
+import argparse
+import copy
+
+import torch
+import torch.nn.functional as F
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import rosa_func
+from examples.shared.glyphs import SANS, SERIF, Glyphs, base_model, glyphs
+from examples.shared.options import folder
+from examples.shared.panels import panels, save
+from rosa_func import checkpoint
+
+RANK, BATCH, RATE, PLACES = 8, 64, 3e-3, 12
+Weights = dict[str, Tensor]
+
+
+def moved(base: Weights, *changes: tuple[float, Weights]) -> Weights:
+    """Return W0 + sum_i c_i (W_i - W0)."""
+    return {n: W0 + sum(c * (W[n] - W0) for c, W in changes) for n, W0 in base.items()}
+
+
+def side_by_side(*changes: tuple[float, TensorDict]) -> TensorDict:
+    """Return sum_i c_i A_i B_i as one delta, by its factors: A = [c_1 A_1, ...], B = [B_1; ...]."""
+    change = {}
+    for name in changes[0][1]["change"].keys():
+        terms = [(c, delta["change", name]) for c, delta in changes]
+        A = torch.cat([c * term["A"] for c, term in terms], dim=-1)
+        change[name] = {"A": A, "B": torch.cat([term["B"] for _, term in terms], dim=-2)}
+    return TensorDict({"change": change, "full": {}})
+
+
+def mean_of_factors(*states: tuple[float, TensorDict]) -> TensorDict:
+    """Return what looks like an average and is none: R, A and B averaged each by itself."""
+    means = {part: sum(c * state[part] for c, state in states) for part in ("frozen", "trainable")}
+    return states[0][1].replace(means)
+
+
+def tuned(
+    model: nn.Module, state: TensorDict, data: Glyphs, steps: int, seed: int, cycle: int = 0
+) -> tuple[TensorDict, list[Weights]]:
+    """Return the trained state, resampled after each cycle, and the weights along the run."""
+    optimizer = torch.optim.AdamW(rosa_func.parameters(state), RATE, weight_decay=0.0)
+    along = [rosa_func.merge(state)]
+    for step, (images, labels) in enumerate(data.batches(BATCH, steps, seed), start=1):
+        optimizer.zero_grad()
+        F.cross_entropy(rosa_func.call(model, state, images), labels).backward()
+        optimizer.step()
+        if step % (steps // PLACES) == 0:
+            along.append(rosa_func.merge(state))
+        if cycle and step % cycle == 0 and step < steps:
+            new = rosa_func.resample(state, key=step)
+            rosa_func.optim.rebind(optimizer, state, new)
+            state = new
+    return state.detach(), along
+
+
+@torch.no_grad()
+def loss(model: nn.Module, weights: Weights, data: Glyphs) -> float:
+    """Return the held-out loss with these weights."""
+    logits = functional_call(model, weights, (data.images,))
+    return F.cross_entropy(logits, data.labels).item()
+
+
+def undo(model: nn.Module, data: Glyphs) -> None:
+    """Print what comes back bit for bit, and what does not."""
+    weights, exact = dict(model.named_parameters()), rosa_func.init(model, RANK, exact=True)
+    A_B = {name: f["A"] @ f["B"] for name, f in exact["trainable"].items()}
+    rounded = sum(int(((weights[n] - P) + P != weights[n]).sum()) for n, P in A_B.items())
+    for key in range(10):
+        exact = rosa_func.resample(exact, key)
+    merged = rosa_func.merge(exact)
+    off = sum(int((merged[name] != W).sum()) for name, W in weights.items())
+    print(f"\nW - A B + A B: {rounded:,} entries differ; exact=True and 10 resamples: {off} differ")
+
+    state, _ = tuned(model, rosa_func.init(model, RANK), data, PLACES, seed=0)
+    optimizer = torch.optim.AdamW(rosa_func.parameters(state), RATE, weight_decay=0.0)
+    kept = state.detach().clone(), copy.deepcopy(optimizer.state_dict())  # steps write into leaves
+    digests = [checkpoint.digest(state)]
+    for images, labels in data.batches(BATCH, PLACES, seed=1):
+        F.cross_entropy(rosa_func.call(model, state, images), labels).backward()
+        optimizer.step()
+    digests += [checkpoint.digest(state), checkpoint.digest(kept[0])]
+    before, after, back = (digest[:8] for digest in digests)
+    print(f"a state is a value: {before}, trained on {after}, and the one that was kept {back}")
+
+
+def main() -> None:
+    """Add, average and walk between fine-tuned models, and go back."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="a few dozen steps")
+    parser.add_argument("--out", type=folder, default="runs/recipes", help="for the figure")
+    args = parser.parse_args()
+    steps = 4 * PLACES if args.short else 30 * PLACES
+
+    model = base_model((128, 128), steps=3 * steps)
+    W0 = {name: W.detach() for name, W in model.named_parameters()}
+    turned, serif = glyphs(SANS, 4000, 1, turn=30.0), glyphs(SERIF, 4000, 1)
+    held_out = {
+        "base": glyphs(SANS, 2000, 2),
+        "turned": glyphs(SANS, 2000, 2, turn=30.0),
+        "serif": glyphs(SERIF, 2000, 2),
+    }
+    figure, axes = panels(3)
+    ts = torch.linspace(-0.25, 1.25, 13).tolist()
+
+    print("soups: runs on characters with serifs, their mean, and what is no mean")
+    start = rosa_func.init(model, RANK, key=0)
+    draws = [tuned(model, rosa_func.init(model, RANK, key=k), serif, steps, k)[0] for k in range(4)]
+    orders = [tuned(model, start.clone(), serif, steps, 10 + k)[0] for k in range(4)]
+    for name, states in {"four draws": draws, "one draw, four orders": orders}.items():
+        runs = [rosa_func.merge(state) for state in states]
+        alone = sum(loss(model, weights, held_out["serif"]) for weights in runs) / 4
+        soup = loss(model, moved(W0, *((1 / 4, weights) for weights in runs)), held_out["serif"])
+        factors = mean_of_factors(*((1 / 4, state) for state in states))
+        wrong = loss(model, rosa_func.merge(factors), held_out["serif"])
+        print(f"{name:22} alone {alone:.3f}, weights {soup:.3f}, factors {wrong:.3f}")
+    one, other = (rosa_func.merge(state) for state in draws[:2])
+    path = [loss(model, moved(W0, (1 - t, one), (t, other)), held_out["serif"]) for t in ts]
+    mixed = [mean_of_factors((1 - t, draws[0]), (t, draws[1])) for t in ts]
+    axes[0].plot(ts, path, label="of the weights")
+    axes[0].plot(
+        ts, [loss(model, rosa_func.merge(s), held_out["serif"]) for s in mixed], label="of R, A, B"
+    )
+    axes[0].set(xlabel="between two runs", ylabel="held-out loss")
+
+    print("\ntask vectors: held-out losses")
+    both = [tuned(model, start.clone(), task, steps, seed=0)[0] for task in (turned, serif)]
+    changes = [checkpoint.delta(state, model) for state in both]
+    sums = {
+        "base": (0, 0),
+        "turned": (1, 0),
+        "serif": (0, 1),
+        "sum": (1, 1),
+        "half of each": (0.5, 0.5),
+        "turned, negated": (-1, 0),
+    }
+    print(f"{'':18}" + "".join(f"{name:>9}" for name in held_out))
+    for name, c in sums.items():
+        delta = side_by_side(*zip(c, changes, strict=True))
+        weights = checkpoint.apply_delta(model, delta)
+        print(f"{name:18}" + "".join(f"{loss(model, weights, d):9.3f}" for d in held_out.values()))
+    for name, data in held_out.items():
+        scaled = (side_by_side((t, changes[0]), (t, changes[1])) for t in ts)
+        axes[1].plot(
+            ts, [loss(model, checkpoint.apply_delta(model, d), data) for d in scaled], label=name
+        )
+    axes[1].set(xlabel="c of both task vectors")
+
+    _, along = tuned(model, start.clone(), serif, steps, seed=0, cycle=steps // 3)
+    line = [loss(model, moved(W0, (t, along[-1])), held_out["serif"]) for t in ts]
+    axes[2].plot(ts, line, label="straight to the end")
+    run = [loss(model, weights, held_out["serif"]) for weights in along]
+    axes[2].plot(torch.linspace(0, 1, len(run)), run, label="the run, of three cycles")
+    axes[2].set(xlabel="from start to end")
+    last = along[len(along) // 2 :]
+    mean = loss(
+        model, moved(W0, *((1 / len(last), weights) for weights in last)), held_out["serif"]
+    )
+    print(f"\na run: its end {run[-1]:.3f}, the mean of its second half {mean:.3f}")
+    undo(model, serif)
+    for panel in axes:
+        panel.legend(fontsize="small")
+    save(
+        figure,
+        args.out / "arithmetic.png",
+        "Averages are of weights, not of factors; of two tasks add half of each",
+    )
+
+
+if __name__ == "__main__":
+    main()
