@@ -1,0 +1,1 @@
+"""Recipes: what a state that is a value makes possible, each a short script to copy."""
