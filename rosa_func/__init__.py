@@ -20,6 +20,7 @@ More is in rooms, each imported when it is first asked for, as rosa_func.optim:
 
 samplers     how A and B are drawn: ROSA, PiSSA, MiLoRA, LoRA and others
 sparse       robust adaptation: a sparse part beside A B, on a support chosen by gradients
+stacking     several states as one: a sweep at once by vmap, each row of a batch with its own
 optim        groups with rates of their own; an optimizer that survives a resample
 checkpoint   states and runs in safetensors files; the change alone
 export       to plain modules, and to and from adapters of peft
@@ -48,6 +49,7 @@ from rosa_func.trainable import Count, count, named_parameters, parameters
 if TYPE_CHECKING:
     from rosa_func import checkpoint, distributed, export, module, optim, quantised, samplers
     from rosa_func import sparse as sparse
+    from rosa_func import stacking as stacking
     from rosa_func import trainer as trainer
 
 __version__ = "0.1.0"
@@ -82,11 +84,12 @@ __all__ = [
     "samplers",
     "skeleton",
     "sparse",
+    "stacking",
 ]
 
 _ROOMS = {
     *("checkpoint", "distributed", "export", "module", "optim", "quantised", "samplers"),
-    *("sparse", "trainer"),
+    *("sparse", "stacking", "trainer"),
 }
 
 if not TYPE_CHECKING:  # or a type checker would take any name for one of ours

@@ -15,7 +15,9 @@ import rosa_func
 from models import seeded
 from rosa_func import checkpoint, export, peft_names
 
-ROOMS = ["checkpoint", "distributed", "export", "module", "optim", "samplers", "trainer"]
+ROOMS = [
+    *("checkpoint", "distributed", "export", "module", "optim", "samplers", "stacking", "trainer"),
+]
 
 # Prints the modules that the package adds to its requirements, and what its rooms are.
 IMPORTS = """

@@ -152,9 +152,21 @@ class LowRank(NamedTuple):
     def _filled(self, width: int) -> "LowRank":
         """Fill the rank up with zeros to a multiple of a width above 0, which changes nothing."""
         missing = -self.r % width if self.r else width
+        return self.padded(self.r + missing)
+
+    def padded(self, r: int) -> "LowRank":
+        """Return the same product by factors of rank r, the components that it lacks being zero."""
+        missing = r - self.r
         if not missing:
             return self  # the usual case
         return LowRank(F.pad(self.A, (0, missing)), F.pad(self.B, (0, 0, 0, missing)))
+
+    def trimmed(self) -> "LowRank":
+        """Return a copy without the last components of which both factors are zero."""
+        used = torch.cat([self.A.mT, self.B], -1).any(-1)
+        places = used.flatten(0, -2).any(0) if used.ndim > 1 else used
+        r = int(places.nonzero().amax()) + 1 if places.any() else 0
+        return LowRank(self.A[..., :r].clone(), self.B[..., :r, :].clone())
 
     def rows(self, embedding: Callable[..., Tensor], indices: Tensor, shape: torch.Size) -> Tensor:
         """Return rows of A B."""

@@ -1,0 +1,209 @@
+"""Uncertainty from one run: snapshots of its cycles as an ensemble, and Laplace over the factors.
+
+    python -m examples.recipes.snapshots [--short] [--out DIR]
+
+A classifier is adapted to 400 noisy rows, and grows too sure of itself. A state is a value, so the
+states at the ends of the cycles cost nothing to keep, and one pass by `vmap` evaluates them all:
+
+    ensemble   p(y | x) = mean over snapshots of softmax f(x)
+    Laplace    p(y | x) = softmax(f / sqrt(1 + pi v / 8)),    v_c = sum_p J_cp^2 / (F_pp + lambda)
+
+with J the Jacobian of the logits by the factors A and B of the last state, and F the diagonal of
+the Fisher information sum_n J^T (diag(p) - p p^T) J. Lambda is the one of a few that is best on 400
+other rows. Drawn is how often a prediction was right, by how sure it was.
+
+Sources: Huang et al. 2017, "Snapshot ensembles"; MacKay 1992, "The evidence framework applied to
+classification networks" (the formula of p); Immer et al. 2021, "Improving predictions of Bayesian
+neural nets via local linearization"; Guo et al. 2017, "On calibration of modern neural networks".
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch.func import jacrev, vmap
+
+import rosa_func
+from examples.recipes import costs
+from examples.shared.options import folder
+from rosa_func import stacking
+
+FEATURES, CLASSES, BINS = 16, 4, 10
+
+
+class Rows(NamedTuple):
+    """Rows of a task: inputs, and labels drawn from the probabilities of a teacher."""
+
+    x: Tensor
+    y: Tensor
+
+
+def network(width: int, seed: int) -> nn.Module:
+    """Make a network with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first, second = nn.Linear(FEATURES, width), nn.Linear(width, width)
+        return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), nn.Linear(width, CLASSES))
+
+
+@torch.no_grad()
+def rows(teacher: nn.Module, number: int, seed: int) -> Rows:
+    """Draw rows of the task of a teacher."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(number, FEATURES, generator=generator)
+    p = (teacher(x) * 8).softmax(-1)
+    return Rows(x, torch.multinomial(p, 1, generator=generator)[:, 0])
+
+
+def train(model: nn.Module, state: TensorDict, data: Rows, steps: int, rate: float) -> None:
+    """Train a state, at a rate that falls to zero."""
+    leaves = rosa_func.parameters(state)
+    optimizer = torch.optim.Adam(leaves, rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(rosa_func.call(model, state, data.x), data.y).backward()
+        optimizer.step()
+        schedule.step()
+
+
+def snapshots(model: nn.Module, data: Rows, cycles: int, steps: int) -> list[TensorDict]:
+    """Adapt a model in cycles, and return the state at the end of each."""
+    found, state = [], rosa_func.init(model, 4)
+    for cycle in range(cycles):
+        state = rosa_func.resample(state, cycle) if cycle else state
+        train(model, state, data, steps, 1e-2)
+        found.append(state.detach())
+    return found
+
+
+def jacobian(model: nn.Module, state: TensorDict, x: Tensor) -> Tensor:
+    """Return the derivatives of the logits of a row by all that trains: classes x values."""
+
+    def logits(trainable: TensorDict) -> Tensor:
+        return rosa_func.call(model, state.replace(trainable=trainable), x[None])[0]
+
+    by_leaf = jacrev(logits)(state["trainable"])
+    return torch.cat([J.flatten(1) for J in by_leaf.values(True, True)], 1)
+
+
+def fisher(model: nn.Module, state: TensorDict, x: Tensor) -> Tensor:
+    """Return the diagonal of the Fisher information of rows, by all that trains."""
+
+    def of_row(x: Tensor) -> Tensor:
+        J, p = jacobian(model, state, x), rosa_func.call(model, state, x[None])[0].softmax(-1)
+        return p @ J.square() - (p @ J).square()
+
+    return vmap(of_row, chunk_size=100)(x).sum(0)
+
+
+def laplace(model: nn.Module, state: TensorDict, F_: Tensor, prior: float, x: Tensor) -> Tensor:
+    """Return the probabilities of rows, by a Gaussian of the factors around the state."""
+
+    def variance(x: Tensor) -> Tensor:
+        return jacobian(model, state, x).square() @ (1 / (F_ + prior))
+
+    spread = vmap(variance, chunk_size=100)(x)
+    return (rosa_func.call(model, state, x) / (1 + torch.pi * spread / 8).sqrt()).softmax(-1)
+
+
+def nll(p: Tensor, y: Tensor) -> float:
+    """Return the mean of -log p of the labels."""
+    return float(F.nll_loss(p.log(), y))
+
+
+class Calibration(NamedTuple):
+    """How sure predictions were, and how often they were right, on average in each bin."""
+
+    sure: Tensor
+    right: Tensor
+    share: Tensor  # of all rows
+
+    def error(self) -> float:
+        """Return the expected calibration error."""
+        return float((self.share * (self.sure - self.right).abs()).sum())
+
+
+def calibration(p: Tensor, y: Tensor) -> Calibration:
+    """Put predictions into bins by how sure they are."""
+    sure, guess = p.max(-1)
+    bins = F.one_hot((sure * BINS).long().clamp(max=BINS - 1), BINS).to(p.dtype)
+    counts = bins.sum(0)
+    each = counts.clamp(min=1)
+    right = (guess == y).to(p.dtype)
+    return Calibration(sure @ bins / each, right @ bins / each, counts / len(y))
+
+
+def plot(found: dict[str, Calibration], path: Path) -> None:
+    """Draw how often predictions were right over how sure they were."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(4.8, 4.4), layout="constrained")
+    axes.plot([0.25, 1], [0.25, 1], color="gray", lw=1, ls=":", label="calibrated")
+    for (name, c), marker in zip(found.items(), "osv", strict=False):
+        filled = c.share > 0.005
+        axes.plot(c.sure[filled], c.right[filled], marker=marker, ms=4, label=name)
+    axes.set(xlabel="how sure it was", ylabel="how often it was right")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+@torch.no_grad()
+def main() -> None:
+    """Adapt once, and compare what was kept of the run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="few steps, rows and rounds")
+    parser.add_argument("--out", type=folder, default="runs/snapshots", help="for the figure")
+    args = parser.parse_args()
+    steps, number, rounds = (20, 500, 3) if args.short else (60, 4000, 9)
+    model, teacher = network(64, seed=0), network(64, seed=1)
+    with torch.enable_grad():
+        start = rosa_func.init(model, targets=(), train="*")
+        train(model, start, rows(teacher, 4000, seed=2), 3 * steps, 1e-2)
+        model = rosa_func.export.to_module(model, start)
+        last_layer, noise = teacher[-1].weight, torch.Generator().manual_seed(3)
+        last_layer.data += 0.1 * torch.randn(last_layer.shape, generator=noise)
+        data, dev, test = (rows(teacher, n, seed) for n, seed in ((400, 4), (400, 5), (number, 6)))
+        kept = snapshots(model, data, cycles=6, steps=steps)
+
+    def probabilities(state: TensorDict, x: Tensor) -> Tensor:
+        return rosa_func.call(model, state, x).softmax(-1)
+
+    last, stacked = kept[-1], stacking.stack(kept)
+    at_once = stacking.vmap(probabilities, in_dims=(0, None))
+    F_ = fisher(model, last, data.x)
+    priors = [10.0**k for k in range(-2, 4)]
+    prior = min(priors, key=lambda c: nll(laplace(model, last, F_, c, dev.x), dev.y))
+    predictions = {
+        "the last state": probabilities(last, test.x),
+        f"{len(kept)} snapshots": at_once(stacked, test.x).mean(0),
+        f"Laplace, lambda = {prior:g}": laplace(model, last, F_, prior, test.x),
+    }
+    print(f"{'':24}{'accuracy':>9}{'nats':>7}{'calibration error':>19}")
+    found = {name: calibration(p, test.y) for name, p in predictions.items()}
+    for name, p in predictions.items():
+        right = (p.argmax(-1) == test.y).float().mean()
+        print(f"{name:24}{right:>9.3f}{nll(p, test.y):>7.3f}{found[name].error():>19.3f}")
+    plot(found, args.out / "snapshots.png")
+    print(f"drawn in {args.out / 'snapshots.png'}\n")
+
+    few = test.x[:32]
+    ways = {
+        "at once, by vmap": partial(at_once, stacked, few),
+        "one by one": lambda: [probabilities(state, few) for state in kept],
+    }
+    print(f"to predict {len(few)} rows by {len(kept)} snapshots")
+    print(costs.table(costs.compared(ways, rounds), against="one by one"))
+
+
+if __name__ == "__main__":
+    main()
