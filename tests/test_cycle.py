@@ -212,7 +212,7 @@ class TestDrift:
     @pytest.mark.parametrize(
         ("layout", "sampler"),
         [(LINEAR, samplers.random), *((layout, samplers.projection) for layout in LAYOUTS)],
-        ids=str,
+        ids=lambda value: getattr(value, "__name__", str(value)),
     )
     def test_small_changes_of_a_16_bit_weight_are_kept(self, layout, sampler, dtype):
         """Each cycle changes W by 1e-5 relative, along one direction's part in its subspace.

@@ -45,7 +45,7 @@ def trained(kind: str, sizes: dict[str, Any], dtype: str, batch: list[int]) -> d
     """Train some steps in this process; return the peak from the first of them on, in MiB."""
     with torch.random.fork_rng():
         model = AutoModelForCausalLM.from_config(config(kind, sizes), dtype=getattr(torch, dtype))
-    state = rosa_func.init(model.train(), RANK)
+    state = rosa_func.init(model.train(), RANK, donate=True)
     described = rosa_func.skeleton(model)
     del model
     give_back_freed_memory()
