@@ -193,11 +193,13 @@ class RosaModule(nn.Module):
             for name, parameter in leaves(old).items():
                 if name not in in_full:
                     parameter.grad = None
+            before = old
+            if not set(past_paths(new)).isdisjoint(entries(new)):  # where nothing is handed over
+                before = from_entries({p: _kept(p, t) for p, t in entries(old).items()})
             try:
                 self.state = new
-            except BaseException:  # Ctrl-C; what is old is given its values, where it has room
-                has_past = not set(past_paths(new)).isdisjoint(entries(new))
-                self.state = new if has_past else old
+            except BaseException:  # Ctrl-C; what is old is given its values
+                self.state = before
                 raise
 
     def train(self, mode: bool = True) -> "RosaModule":
@@ -334,6 +336,11 @@ class RosaModule(nn.Module):
 def _shapes(entries: dict[Path, Tensor]) -> dict[Path, torch.Size | None]:
     """Return the shapes; None of what rounding took, which may have no elements."""
     return {path: None if is_compensation(path) else t.shape for path, t in entries.items()}
+
+
+def _kept(path: Path, value: Tensor) -> Tensor:
+    """Return a tensor of a state whose values stay, while those that train are written over."""
+    return value.detach().clone() if trains(path) else value
 
 
 def _new(model_class: type[nn.Module]) -> RosaModule:

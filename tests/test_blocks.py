@@ -12,7 +12,7 @@ from references import NF4_LEVELS, dequantised, dynamic_levels, relative_distanc
 from rosa_func.weight.quantised import QUANTISED, Int8, Nf4, Nf4Double
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(64, 48), (192, 512), (5, 7), (3, 64), (1, 130), (300, 257)]
+SHAPES = [(192, 512), (5, 7), (1, 130), (300, 257)]
 
 
 def weight(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> Tensor:

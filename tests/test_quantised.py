@@ -3,7 +3,7 @@
 import copy
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -469,6 +469,37 @@ class TestPast:
         checkpoint.save(tmp_path / "run.safetensors", fresh.state)
         loaded, _ = checkpoint.load(tmp_path / "run.safetensors")
         assert state_bytes(loaded) == state_bytes(fresh.state.detach())
+
+    def test_a_module_that_is_interrupted_is_as_it_was(self, monkeypatch):
+        """Its factors were the new ones, and what they had trained was gone."""
+        model, x = two_layers(), randn(3, 6)
+        start = perturbed(rosa_func.resample(perturbed(state_of(model)), 1, sampler=BESIDE[0]))
+        table, follow = RosaModule._table, RosaModule._follow_past
+        for place in range(0, 40, 4):
+            module, calls = RosaModule(model, start), []
+
+            def begins(module: RosaModule, given: Any, calls=calls) -> None:
+                calls.append("begun")
+                follow(module, given)
+
+            def counted(module: RosaModule, path: Any, calls=calls, place=place) -> Any:
+                calls += ["call"] if calls else []
+                if len(calls) == place:
+                    raise KeyboardInterrupt
+                return table(module, path)
+
+            before = state_bytes(module.state.detach())
+            with monkeypatch.context() as patch:
+                patch.setattr(RosaModule, "_follow_past", begins)
+                patch.setattr(RosaModule, "_table", counted)
+                with suppress(KeyboardInterrupt):
+                    module.resample(2, sampler=BESIDE[0])
+            if "begun" in calls and len(calls) > place > 0:
+                assert state_bytes(module.state.detach()) == before, place
+                interrupted = place
+            y = rosa_func.call(model, start, x)
+            assert relative_distance(module(x), y) <= 1e-5
+        assert interrupted > 20
 
 
 class TestMerges:

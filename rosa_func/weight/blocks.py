@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rosa_func._torch import is_eager
+
 BLOCK = 64
 _NESTED_BLOCK = 256  # of scales, where these are quantised again
 _TINY = 1e-38  # a smaller scale has no reciprocal in float32
@@ -24,9 +26,7 @@ _LEVELS = torch.tensor(
     ]
 )
 _EDGES = (_LEVELS[1:] + _LEVELS[:-1]) / 2
-# A byte stands for a pair of values. A pair of float32 is moved as one word: three times as quick
-# as a gather of pairs.
-_PAIRS = torch.stack([_LEVELS.repeat_interleave(16), _LEVELS.repeat(16)], 1).view(torch.int64)
+_PAIRS = torch.stack([_LEVELS.repeat_interleave(16), _LEVELS.repeat(16)], 1)  # by their byte
 
 
 def _dynamic_levels() -> Tensor:
@@ -68,9 +68,13 @@ def to_nf4(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 def from_nf4(codes: Tensor, scales: Tensor) -> Tensor:
     """Return the blocks."""
-    words = _PAIRS.to(codes.device).flatten().index_select(0, codes.flatten().int())
-    values = words.view(torch.float32).view(*scales.shape, BLOCK)
-    return values.mul_(scales.unsqueeze(-1))
+    table, flat = _PAIRS.to(codes.device), codes.flatten()
+    if is_eager():  # a pair is moved as one word: three times as quick
+        words = table.view(torch.int64).view(-1).index_select(0, flat.int())
+        values = words.view(torch.float32)
+    else:  # vmap before torch 2.11 does neither know such views nor indices of 32 bits
+        values = table.index_select(0, flat.long())
+    return values.view(*scales.shape, BLOCK).mul_(scales.unsqueeze(-1))
 
 
 def to_int8(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +100,7 @@ def to_nested(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def from_nested(codes: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
     """Return the scales."""
-    levels = _DYNAMIC.to(codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
+    levels = _DYNAMIC.to(codes.device).index_select(0, codes.flatten().long()).view(codes.shape)
     blocks = _in_blocks(levels, _NESTED_BLOCK) * nested.unsqueeze(-1)
     return blocks.flatten(-2)[..., : codes.shape[-1]] + offset
 

@@ -223,6 +223,8 @@ def _rows(
     m, n = _shape(like)
     if n % blocks.BLOCK:
         return F.embedding(indices, _weight(form(codes, scales), like))
-    chosen = [field.view(m, -1).index_select(0, indices.flatten()) for field in (codes, scales)]
+    chosen = [
+        field.view(m, -1).index_select(0, indices.flatten().long()) for field in (codes, scales)
+    ]
     rows = form(chosen[0].flatten(), chosen[1].flatten())
     return rows.to(like.dtype).view(*indices.shape, n)
