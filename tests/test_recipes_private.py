@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import rosa_func
-from examples.recipes import counting, private
+from examples.recipes import accountant, counting, private
 from models import randn, seeded
 from references import dense_weights, perturbed
 from rosa_func import samplers
@@ -67,7 +67,7 @@ def divergence(order: int, sigma: float, q: float) -> float:
 @pytest.mark.parametrize("order", [2, 3, 8, 32])
 @pytest.mark.parametrize(("sigma", "q"), [(0.8, 0.01), (1.0, 0.1), (2.0, 0.5), (2.0, 1.0)])
 def test_the_divergence_of_a_step_is_its_integral(order, sigma, q):
-    found = private.renyi_divergence(order, sigma, q)
+    found = accountant.renyi_divergence(order, sigma, q)
     assert found == pytest.approx(divergence(order, sigma, q), rel=1e-6)
 
 
@@ -84,7 +84,7 @@ def test_epsilon_is_a_little_above_the_exact_one_of_the_gaussian_mechanism(sigma
         tail = below(-1 / (2 * s) - epsilon * s)
         return below(1 / (2 * s) - epsilon * s) - math.exp(epsilon) * tail
 
-    spent = private.epsilon(sigma, 1, steps, 1e-5)
+    spent = accountant.epsilon(sigma, 1, steps, 1e-5)
     assert delta(spent) <= 1e-5 < delta(spent / 1.2)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 import rosa_func
 from examples.recipes import snapshots
+from examples.recipes.calibration import calibration
 from references import dense_weights, perturbed, relative_distance
 from rosa_func import stacking
 
@@ -82,7 +83,7 @@ def test_predictions_of_all_snapshots_at_once_are_those_of_each(model, x):
 def test_calibration_by_hand():
     """Two predictions are 0.95 sure and one is right; two are 0.65 sure and both are right."""
     p = torch.tensor([[0.95, 0.05], [0.05, 0.95], [0.65, 0.35], [0.35, 0.65]])
-    found = snapshots.calibration(p, torch.tensor([0, 0, 0, 1]))
+    found = calibration(p, torch.tensor([0, 0, 0, 1]))
     assert found.share[[6, 9]].tolist() == [0.5, 0.5] and found.share.sum() == 1
     assert found.right[[6, 9]].tolist() == [1.0, 0.5]
     assert found.sure[[6, 9]].tolist() == pytest.approx([0.65, 0.95])
@@ -91,4 +92,4 @@ def test_calibration_by_hand():
 
 def test_calibration_of_predictions_that_are_quite_sure():
     p = torch.tensor([[1.0, 0.0]])
-    assert snapshots.calibration(p, torch.tensor([0])).error() == 0
+    assert calibration(p, torch.tensor([0])).error() == 0

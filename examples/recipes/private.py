@@ -15,10 +15,7 @@ tokens X into a weight, D the gradients of its outputs, and E = D B^T,
 and a second backward pass, of the losses weighted by min(1, C / |g_s|), gives the sum.
 
 Sources: Abadi et al. 2016, "Deep learning with differential privacy"; Li et al. 2022, "Large
-language models can be strong differentially private learners" (ghost norms); Mironov, Talwar and
-Zhang 2019, "Rényi differential privacy of the sampled Gaussian mechanism", section 3.3, and Balle
-et al. 2020, "Hypothesis testing interpretations and Rényi differential privacy", theorem 21, for
-the accountant.
+language models can be strong differentially private learners" (ghost norms).
 """
 
 import argparse
@@ -35,6 +32,7 @@ from transformers import GPT2LMHeadModel
 
 import rosa_func
 from examples.recipes import costs, counting
+from examples.recipes.accountant import epsilon
 from rosa_func import samplers
 
 Gradients = list[Tensor]  # in the order of rosa_func.parameters(state)
@@ -93,33 +91,6 @@ def add_square_norms(squares: Tensor, state: TensorDict, name: str, X: Tensor, D
     left, right = (X, D) if state["input_dim", name] == 0 else (D, X)  # dW_s = left_s^T right_s
     for one, other in ((left, right @ B.mT), (left @ A, right)):
         squares += ((one @ one.mT) * (other @ other.mT)).sum((1, 2))
-
-
-def epsilon(sigma: float, q: float, steps: int, delta: float) -> float:
-    """Return the epsilon that steps of the sampled Gaussian mechanism spend.
-
-    Each sample is in a batch with probability q. The orders are integers, for which
-
-        RDP(a) = log(sum_k C(a, k) (1 - q)^(a - k) q^k exp(k (k - 1) / (2 sigma^2))) / (a - 1)
-        epsilon = min_a  steps RDP(a) + log((a - 1) / a) - log(delta a) / (a - 1)
-    """
-    orders = range(2, 256)
-    spent = [steps * renyi_divergence(a, sigma, q) for a in orders]
-    return min(
-        rdp + math.log((a - 1) / a) - math.log(delta * a) / (a - 1)
-        for a, rdp in zip(orders, spent, strict=True)
-    )
-
-
-def renyi_divergence(order: int, sigma: float, q: float) -> float:
-    """Return the Rényi divergence of a step, of an integer order of at least 2."""
-    if q == 1:
-        return order / (2 * sigma**2)
-    k = torch.arange(order + 1, dtype=torch.float64)
-    n = torch.tensor(float(order), dtype=torch.float64)
-    choose = (n + 1).lgamma() - (k + 1).lgamma() - (n - k + 1).lgamma()
-    terms = choose + (n - k) * math.log1p(-q) + k * math.log(q) + k * (k - 1) / (2 * sigma**2)
-    return float(terms.logsumexp(0)) / (order - 1)
 
 
 def train(
