@@ -131,7 +131,7 @@ def shifted(task: str, number: int, seed: int) -> Glyphs:
 
 
 def compare(model: nn.Module, task: str, seeds: int, steps: int) -> dict[str, Tensor]:
-    """Return the held-out losses of each method, one a seed, and print the table."""
+    """Return held-out losses minus those of uniform ranks, one a seed; print the table."""
     scored, dev, test = (shifted(task, 2000, seed) for seed in range(3))
     data = [shifted(task, 1000, 100 + seed) for seed in range(seeds)]
 
