@@ -1,6 +1,7 @@
 """A measurement in a process of its own, whose memory is no other's."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def in_a_process(module: str, *arguments: str) -> dict[str, float]:
-    """Run a module as a command; return the JSON object that it prints last."""
+def in_a_process(module: str, *arguments: str, **variables: str) -> dict[str, float]:
+    """Run a module as a command; return the JSON object that it prints last.
+
+    Args:
+        module: the module.
+        arguments: of the command.
+        variables: of the environment, beside those of this process.
+    """
     command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | variables
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     if done.returncode:
         said = " ".join(["python", *command[1:]])
         raise SystemExit(f"{said} failed:\n{done.stderr}")
