@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
-from time import perf_counter
+from time import thread_time
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +43,8 @@ class MemoryPlan(NamedTuple):
         moments: what the optimizer holds.
         activations: the rest of what is held at the peak of a step; 0 without a step.
         peak: the most that is held at once.
-        resample: seconds of a resample on this machine, by draws of smaller weights.
+        resample: seconds of a resample on this machine with all its threads, by draws of smaller
+            weights, each on one thread.
     """
 
     frozen: int
@@ -262,13 +263,13 @@ def _resample_seconds(model: nn.Module, plan: targeting.Plan, sampler: Sampler) 
 
 
 def _draw_seconds(m: int, n: int, r: int, input_dim: int, sampler: Sampler) -> float:
-    """Return the time of one draw on one thread."""
+    """Return the processor time of one draw on one thread."""
     W = torch.randn(m, n, generator=keys.generator(0, "plan", ""))
 
     def timed(_: int) -> float:
         site = Site("weight", input_dim, keys.generator(0, "plan", ""))
-        start = perf_counter()
+        start = thread_time()
         sampler(W, r, site)
-        return perf_counter() - start
+        return thread_time() - start
 
     return min(seconds for _ in range(3) for seconds in map_weights(timed, range(1)))

@@ -112,7 +112,7 @@ class TestResampling:
     def test_its_time_grows_with_the_third_power(self, monkeypatch: pytest.MonkeyPatch):
         """A clock that ticks once a look: each draw takes a second."""
         clock = itertools.count()
-        monkeypatch.setattr(planning, "perf_counter", lambda: next(clock))
+        monkeypatch.setattr(planning, "thread_time", lambda: next(clock))
         monkeypatch.setattr(planning, "_TIMED", 8)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
         model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(4, 4))
