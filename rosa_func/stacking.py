@@ -20,6 +20,7 @@ from rosa_func.weight import Parts, Term, Weight, layout, read, write
 from rosa_func.weight.dense import Dense
 from rosa_func.weight.layout import Path
 from rosa_func.weight.low_rank import LowRank, low_rank
+from rosa_func.weight.rounding import is_zero
 from rosa_func.weight.sparse_part import SparsePart
 
 
@@ -62,6 +63,7 @@ def stack(states: Iterable[TensorDict]) -> TensorDict:
     for parts in all_parts:
         for name, w in parts.adapted().items():
             ranks[name] = max(ranks.get(name, 0), low_rank(w).r)
+    all_parts = _with_losses_of_one_shape(all_parts)
     padded = [_with_factors(parts, lambda n, f: f.padded(ranks[n])) for parts in all_parts]
     members = [layout.entries(write(parts)) for parts in padded]
     for place, member in enumerate(members):
@@ -100,7 +102,7 @@ def unstack(stacked: TensorDict) -> list[TensorDict]:
     states = [read(each[place]) for place in range(members)]
     return [
         write(
-            _with_factors(parts, lambda _, factors: factors.trimmed())._replace(
+            _with_factors(_without_zeros(parts), lambda _, factors: factors.trimmed())._replace(
                 full={name: value.clone() for name, value in parts.full.items()}
             )
         )
@@ -299,7 +301,39 @@ def _with_factors(parts: Parts, changed: Callable[[str, LowRank], LowRank]) -> P
         terms = [changed(name, term) if isinstance(term, LowRank) else term for term in w.terms]
         return w._replace(terms=tuple(terms))
 
-    weights = {name: other(name, w) for name, w in parts.adapted().items()}
+    return _of_each(parts, other)
+
+
+def _with_losses_of_one_shape(all_parts: list[Parts]) -> list[Parts]:
+    """Fill up with zeros what has no elements in one state, as nothing was lost there."""
+    found = [
+        name
+        for parts in all_parts
+        for name, w in parts.adapted().items()
+        if w.lost is not None and w.lost.numel()
+    ]
+
+    def filled(name: str, w: Weight) -> Weight:
+        if w.lost is None or w.lost.numel() or name not in found:
+            return w
+        return w._replace(lost=w.lost.new_zeros(w.shape))
+
+    return [_of_each(parts, filled) for parts in all_parts]
+
+
+def _without_zeros(parts: Parts) -> Parts:
+    """Keep no elements of what rounding took where that is nothing."""
+
+    def emptied(name: str, w: Weight) -> Weight:
+        is_nothing = w.lost is not None and is_zero(w.lost)
+        return w._replace(lost=w.lost.new_empty(0)) if is_nothing else w  # type: ignore[union-attr]
+
+    return _of_each(parts, emptied)
+
+
+def _of_each(parts: Parts, changed: Callable[[str, Weight], Weight]) -> Parts:
+    """Return the parts with each adapted weight as `changed` gives it."""
+    weights = {name: changed(name, w) for name, w in parts.adapted().items()}
     return parts._replace(frozen={**parts.frozen, **weights})
 
 

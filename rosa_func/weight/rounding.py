@@ -147,10 +147,13 @@ def _stored(
             lost = left if lost is None else lost + left
     if kept is None:
         return base, None
-    return base, kept.keep(h.new_empty(0) if lost is None or _is_zero(lost) else lost)
+    return base, kept.keep(h.new_empty(0) if lost is None or is_zero(lost) else lost)
 
 
-def _is_zero(lost: Tensor) -> bool:
+def is_zero(lost: Tensor) -> bool:
+    """Return whether nothing was lost."""
+    if not lost.numel():
+        return True
     low, high = lost.aminmax()  # `any` takes 30 times as long of codes
     return bool(low == 0) and bool(high == 0)
 
