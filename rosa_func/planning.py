@@ -89,6 +89,7 @@ def plan(
     after each operation is counted. So it is what this library, the model's code and the optimizer
     do, not a formula. What a process needs beside its tensors (libraries, workspaces, memory that
     an allocator keeps) is not in it. Where the model's code asks for a value, it is told 1 (True).
+    A step of models that switch autocast off themselves, as Llama does, needs torch 2.13.
 
     Args:
         model: an `nn.Module`, also on the meta device, or a transformers config whose

@@ -17,6 +17,7 @@ from rosa_func import planning, samplers
 from rosa_func._alive import Alive
 from rosa_func.weight.layout import entries
 
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 TINY = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 50, "n_positions": 16}
 
 
@@ -62,6 +63,10 @@ class TestSizes:
         half = rosa_func.plan(model.config, 2, dtype=torch.bfloat16)
         assert half[:-1] == rosa_func.plan(gpt2().to(torch.bfloat16), 2)[:-1]
 
+    @pytest.mark.skipif(
+        VERSION < (2, 13),
+        reason="Llama's autocast(enabled=False) is an error on meta before",
+    )
     def test_a_model_of_a_billion_parameters_takes_no_memory(self):
         config = LlamaConfig(num_hidden_layers=8, architectures=["LlamaForCausalLM"])
         plan = rosa_func.plan(config, 16, batch=(1, 2048), dtype=torch.bfloat16)
