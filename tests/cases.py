@@ -237,7 +237,10 @@ class Parts(NamedTuple):
 
 
 ANY_PARTS = st.builds(Parts, st.sampled_from(list(BASES)), st.sampled_from(list(TERMS)))
-ALL_PARTS = [Parts(base, terms) for base in BASES for terms in TERMS]
+# Of the quantised bases the one with most fields: the others differ from it in their codes alone,
+# which test_blocks and test_quantised look at, and ANY_PARTS draws them all.
+_APART = [base for base in BASES if base not in {"nf4 in blocks", "int8 in blocks"}]
+ALL_PARTS = [Parts(base, terms) for base in _APART for terms in TERMS]
 
 
 class Case(NamedTuple):

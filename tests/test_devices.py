@@ -17,9 +17,7 @@ from rosa_func.weight.layout import leaves
 
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {},
-    "nf4": {"quantize": "nf4"},
-    "nf4_double": {"quantize": "nf4_double"},
-    "int8": {"quantize": "int8", "master": True},
+    "quantised": {"quantize": "nf4_double", "master": True},
 }
 
 
