@@ -84,7 +84,7 @@ def _with_probes(parts: Parts, probes: dict[str, Probe]) -> Parts:
         for name, w in parts.adapted().items()
     }
     full = {name: value.detach() for name, value in parts.full.items()}
-    return parts._replace(frozen={**parts.frozen, **weights}, full=full)
+    return parts.with_adapted(weights)._replace(full=full)
 
 
 def _checked(value: Any, place: int) -> Tensor:

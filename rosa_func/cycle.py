@@ -132,15 +132,16 @@ def drawn_again(
             partial(keys.generator, key, "resample", name),
             kept_as(w),
         )
-        dim = w.input_dim.clone()  # on the device of the old one
-        if w.base.coarse and w.lost is None:
-            return draw_beside(how, rounding.join(w), w)._replace(input_dim=dim)
-        new = draw(how, rounding.join(w), w.base, w.terms, own=True)._replace(input_dim=dim)
+        if w.is_closed():
+            new = draw_beside(how, rounding.join(w), w)
+        else:
+            new = draw(how, rounding.join(w), w.base, w.terms, own=True)
+        new = new._replace(input_dim=w.input_dim.clone())  # on the device of the old one
         return handover.weight(name, w, new)
 
     weights = draw_all(redrawn, adapted, parts.full, progress)
     full = {name: handover.leaf(name, value) for name, value in parts.full.items()}
-    return write(parts._replace(frozen={**parts.frozen, **weights}, full=full))
+    return write(parts.with_adapted(weights)._replace(full=full))
 
 
 def merge(state: TensorDict) -> dict[str, Tensor]:

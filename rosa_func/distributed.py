@@ -124,7 +124,7 @@ def drawn_again(
             found = read(from_entries(sent)).adapted()[name]
             new[name] = found if owner == rank else handover.weight(name, adapted[name], found)
     full = read(drawn).full
-    return write(parts._replace(frozen={**parts.frozen, **new}, full=full))
+    return write(parts.with_adapted(new)._replace(full=full))
 
 
 def _of_one(name: str, w: Weight) -> TensorDict:

@@ -262,12 +262,8 @@ def _fitted(
         if isinstance(t, Tensor)
     }
     weights = _composed(parts) | views
-    return (
-        found,
-        names,
-        weights | {n: weights[n].clone() for n in cloned & parts.full.keys()},
-        views,
-    )
+    weights |= {name: weights[name].clone() for name in cloned & parts.full.keys()}
+    return found, names, weights, views
 
 
 @contextmanager

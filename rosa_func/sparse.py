@@ -182,7 +182,7 @@ def add(state: TensorDict, support: Mapping[str, Tensor]) -> TensorDict:
     adapted = parts.adapted()
     places = fitting(support, adapted)
     new = {name: with_zeros(adapted[name], at) for name, at in places.items()}
-    return write(parts._replace(frozen={**parts.frozen, **new}))
+    return write(parts.with_adapted(new))
 
 
 def remove(state: TensorDict) -> TensorDict:
@@ -216,14 +216,14 @@ def remove(state: TensorDict) -> TensorDict:
         raise ValueError("no weight of the state has a sparse part")
     for name, part in found.items():
         w = adapted[name]
-        if w.base.coarse and w.lost is None and part.values.any():
+        if w.is_closed() and part.values.any():
             raise ValueError(
                 f"{name} is quantised without a master, so its sparse part cannot be merged into "
                 "its residual: that would be quantised again. Use init(..., master=...), or keep "
                 "the support that there is"
             )
     new = {name: absorbed(adapted[name], part) for name, part in found.items()}
-    return write(parts._replace(frozen={**parts.frozen, **new}))
+    return write(parts.with_adapted(new))
 
 
 def move(state: TensorDict, support: Mapping[str, Tensor]) -> TensorDict:

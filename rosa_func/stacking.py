@@ -269,9 +269,8 @@ def rebase(
         lost = None if w.lost is None else w.lost.new_empty(0)  # nothing is lost of W0
         return Weight(Dense(pretrained[name].detach()), tuple(terms), w.input_dim, lost)
 
-    weights = {name: based(name, w) for name, w in parts.adapted().items()}
     full = {name: value.detach().clone() for name, value in parts.full.items()}
-    return write(parts._replace(frozen={**parts.frozen, **weights}, full=full))
+    return write(_of_each(parts, based)._replace(full=full))
 
 
 def _of_one(state: TensorDict) -> Parts:
@@ -333,8 +332,7 @@ def _without_zeros(parts: Parts) -> Parts:
 
 def _of_each(parts: Parts, changed: Callable[[str, Weight], Weight]) -> Parts:
     """Return the parts with each adapted weight as `changed` gives it."""
-    weights = {name: changed(name, w) for name, w in parts.adapted().items()}
-    return parts._replace(frozen={**parts.frozen, **weights})
+    return parts.with_adapted({name: changed(name, w) for name, w in parts.adapted().items()})
 
 
 def _refuse_unlike(first: dict[Path, Tensor], other: dict[Path, Tensor], place: int) -> None:

@@ -122,4 +122,4 @@ def keep_compensation(state: TensorDict, place: Place) -> TensorDict:
         return w._replace(lost=Kept(lost.dtype, place).keep(lost))
 
     weights = {name: moved(w) for name, w in parts.adapted().items()}
-    return write(parts._replace(frozen={**parts.frozen, **weights}))
+    return write(parts.with_adapted(weights))

@@ -230,7 +230,7 @@ class Parts(NamedTuple):
                 base, lost = split(W, factors, like, kept)
             more = [at_start(W.to(w.base.dtype), w.is_batch()) for at_start in TERMS[self.terms]]
             weights[name] = w._replace(base=base, terms=(factors, *more), lost=lost)
-        return write(parts._replace(frozen=parts.frozen | weights))
+        return write(parts.with_adapted(weights))
 
     def __str__(self) -> str:
         return f"{self.base}, {self.terms}"

@@ -46,7 +46,7 @@ def handing_over(taker: str) -> Iterator[Handover]:
     taken: list[_Taken] = []
 
     def weight(name: str, old: Weight, new: Weight) -> Weight:
-        if old.base.coarse and old.lost is None:  # drawn beside: the base stays what it is
+        if old.is_closed():  # drawn beside: the base stays what it is
             return new._replace(base=old.base)
         base = type(new.base)(*map(into, _stored(old), _stored(new)))
         new = new._replace(base=base)

@@ -53,6 +53,10 @@ class Parts(NamedTuple):
         """Return the adapted weights."""
         return {name: w for name, w in self.frozen.items() if isinstance(w, Weight)}
 
+    def with_adapted(self, weights: Mapping[str, Weight]) -> "Parts":
+        """Return what there is with other weights in the place of those of these names."""
+        return self._replace(frozen={**self.frozen, **weights})
+
     def rounded(self) -> dict[str, Tensor]:
         """Return the tensors that are trained in full in the model's dtypes, differentiably."""
         cast = {name: self.full[name].to(dtype) for name, dtype in self.dtypes.items()}

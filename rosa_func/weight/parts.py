@@ -149,6 +149,10 @@ class Weight(NamedTuple):
         """The shape of the weight, not of its transpose."""
         return self.base.shape
 
+    def is_closed(self) -> bool:
+        """Return whether the base takes nothing in: storing is coarse, and its loss not kept."""
+        return self.base.coarse and self.lost is None
+
     def is_batch(self) -> bool:
         """Return whether leading dimensions index matrices, each with factors of its own."""
         ndim = len(self.base.shape)
