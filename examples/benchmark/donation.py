@@ -6,12 +6,10 @@ GPT-2 medium by its configuration, r = 16, each figure in a fresh process.
 """
 
 import argparse
-import ctypes
 import gc
 import json
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ import rosa_func
 from examples.benchmark.contenders import gpt2_config
 from examples.benchmark.fresh_process import in_a_process
 from examples.shared.peak_memory import (
+    give_back_freed_memory,
     memory_of_this_process,
     peak_memory_of_this_process,
     reset_peak_memory,
@@ -36,8 +35,7 @@ DTYPES = ("float32", "bfloat16")
 def measured(work: Callable[[], Any]) -> dict[str, float]:
     """Return what was resident before, the peak above it, and the time."""
     gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or what was let go before would be used again
+    give_back_freed_memory()  # or what was let go before would be used again
     before, start = memory_of_this_process(), time.perf_counter()
     reset_peak_memory()
     result = work()

@@ -9,18 +9,20 @@ freed (MALLOC_MMAP_THRESHOLD_): by itself glibc keeps some of that memory for la
 """
 
 import argparse
-import ctypes
 import json
-import os
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rosa_func
-from examples.benchmark.fresh_process import in_a_process
+from examples.benchmark.fresh_process import RETURNED, in_a_process
 from examples.benchmark.sizes import SMOLLM2
-from examples.shared.peak_memory import peak_memory_of_this_process, reset_peak_memory
+from examples.shared.peak_memory import (
+    give_back_freed_memory,
+    peak_memory_of_this_process,
+    reset_peak_memory,
+)
 
 RANK, STEPS = 16, 3
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -32,7 +34,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 TINY = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 64}
 BATCHES, TINY_BATCH = ((1, 64), (4, 256)), (2, 16)
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # read by glibc at the start of a process
 
 
 def config(kind: str, sizes: dict[str, Any]) -> Any:
@@ -59,18 +60,13 @@ def trained(kind: str, sizes: dict[str, Any], dtype: str, batch: list[int]) -> d
     return {"peak": peak_memory_of_this_process()}
 
 
-def give_back_freed_memory() -> None:
-    """Let malloc return what it keeps of the model (glibc alone can)."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
-
-
 def row(name: str, kind: str, sizes: dict[str, Any], dtype: str, batch: tuple[int, int]) -> str:
     """Return a line of the table."""
     module = "examples.benchmark.planned"
     jobs = [kind, sizes, dtype, batch], ["gpt2", TINY, dtype, TINY_BATCH]
-    seen, beside = (in_a_process(module, "--work", json.dumps(job))["peak"] for job in jobs)
+    seen, beside = (
+        in_a_process(module, "--work", json.dumps(job), **RETURNED)["peak"] for job in jobs
+    )
     said = rosa_func.plan(config(kind, sizes), RANK, batch=batch, dtype=getattr(torch, dtype))
     peak = said.peak / 2**20
     return (
@@ -92,7 +88,6 @@ def main() -> None:
     if args.work:
         print(json.dumps(trained(*json.loads(args.work))))
         return
-    os.environ |= GIVE_BACK
     if args.short:
         print(row("small", "gpt2", {"n_layer": 2, "n_embd": 256, "n_head": 4}, "float32", (4, 64)))
         return

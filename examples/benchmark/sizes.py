@@ -33,14 +33,13 @@ from examples.benchmark.contenders import (
     tokens,
     train_step,
 )
-from examples.benchmark.fresh_process import in_a_process
+from examples.benchmark.fresh_process import RETURNED, in_a_process
 from examples.shared.peak_memory import memory_of_this_process, peak_memory_of_this_process
 from rosa_func import checkpoint, samplers
 
 PARTS = ("disk", "loading", "checkpointing", "training")
 RANK, CYCLES, STEPS = 8, 5, 2
 TRAINING_RANK = 16
-RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # read by glibc at the start of a process
 SMOLLM2 = {
     "vocab_size": 49152,
     "hidden_size": 576,

@@ -1,13 +1,14 @@
 """What several ways to do one thing take, side by side: time and memory."""
 
-import ctypes
 import gc
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from examples.benchmark.contenders import clocked, interleave
-from examples.shared.peak_memory import peak_memory_of_this_process, reset_peak_memory
+from examples.shared.peak_memory import (
+    give_back_freed_memory,
+    peak_memory_of_this_process,
+    reset_peak_memory,
+)
 
 Costs = dict[str, dict[str, float]]
 
@@ -47,18 +48,8 @@ def table(costs: Costs, against: str) -> str:
 def _rise(run: Callable[[], object]) -> float:
     """Return by how many MiB the memory rises in a run."""
     gc.collect()
-    if sys.platform == "linux":  # what was freed goes back, so that what is used again counts
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back_freed_memory()  # so that what is used again counts
     reset_peak_memory()
-    before = _resident()
+    before = peak_memory_of_this_process()  # what is held now, where the system says
     run()
     return max(peak_memory_of_this_process() - before, 0.0)
-
-
-def _resident() -> float:
-    """Return the memory of this process in MiB, where the system says."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return peak_memory_of_this_process()
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return int(lines["VmRSS"].split()[0]) / 2**10
