@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-# For the environment of a process whose peak is to be what was in use: glibc reads it at the start,
-# and gives each larger tensor back to the system when it is freed.
+# For the environment of a process whose peak is to be what was in use. glibc else keeps freed
+# tensors of up to 32 MiB for others that may not fit: two layers that train nothing had a peak of
+# 164 MiB by that, and used 87.
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 ROOT = Path(__file__).parents[2]

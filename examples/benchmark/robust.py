@@ -50,7 +50,7 @@ from examples.benchmark.contenders import (
     train_step,
     trainable_values,
 )
-from examples.benchmark.fresh_process import in_a_process
+from examples.benchmark.fresh_process import RETURNED, in_a_process
 from examples.shared.machine import cpu
 from examples.shared.options import positive
 from examples.shared.peak_memory import peak_memory_of_this_process, reset_peak_memory
@@ -60,10 +60,6 @@ from rosa_func.weight import sampled
 RANK, DENSITIES, BATCHES = 8, (0.005, 0.02), 4
 PAIRS = ("sparse", "SHiRA"), ("sparse", "Super-Tuning"), ("robust", "Supra")
 PARTS = ("step", "scores", "linear", "products")
-# What is freed goes back to the system at once, so that a peak is what was in use. glibc else keeps
-# freed tensors of up to 32 MiB for others that may not fit: two layers that train nothing had a
-# peak of 164 MiB by that, and used 87.
-RETURNED = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 
 
 class Settings(NamedTuple):
