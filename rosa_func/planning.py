@@ -17,10 +17,11 @@ from rosa_func.extras import needs
 from rosa_func.forward import call
 from rosa_func.patterns import Rank
 from rosa_func.samplers import Sampler, Site
+from rosa_func.starting import assembled, in_full
 from rosa_func.storage import Master, Storage
 from rosa_func.targeting import Targets
 from rosa_func.trainable import parameters
-from rosa_func.weight import Parts, Weight, write
+from rosa_func.weight import Weight
 from rosa_func.weight.keeping import Place
 from rosa_func.weight.layout import entries, is_compensation, trains
 from rosa_func.weight.low_rank import LowRank
@@ -211,7 +212,7 @@ def _described(
     is_split = _takes_something(sampler)
 
     def adapted(name: str) -> Weight:
-        W, (r, input_dim) = weights[name].detach(), plan.adapted[name]
+        W, (r, input_dim) = weights[name], plan.adapted[name]
         kept, wide = storage.kept(W), factor_dtype(W.dtype)
         lead = W.shape[:-2] if input_dim < 0 else ()
         m, n = (W if input_dim < 0 else W.flatten(1)).shape[-2:]
@@ -224,17 +225,9 @@ def _described(
             base, (LowRank(A, B),), torch.tensor(input_dim), None if kept is None else lost
         )
 
-    full = {
-        name: weights[name].detach().to(factor_dtype(weights[name].dtype), copy=True)
-        for name in plan.full
-    }
-    dtypes = {name: weights[name].dtype for name in full if full[name].dtype != weights[name].dtype}
-    frozen = {
-        name: adapted(name) if name in plan.adapted else weights[name].detach()
-        for name in plan.names
-        if name not in full
-    }
-    return write(Parts(frozen, full, dtypes))
+    full, dtypes = in_full(plan, weights.__getitem__, copy=True)
+    split = {name: adapted(name) for name in plan.adapted}
+    return assembled(plan, weights.__getitem__, split, full, dtypes)
 
 
 def _takes_something(sampler: Sampler) -> bool:

@@ -1,10 +1,11 @@
 """The beginning of a state: init."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import NoReturn
 
+import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
@@ -190,14 +191,32 @@ def split_all(
         new = draw(how, W, storage.like(W, batch=input_dim < 0))
         return new if take is None else take(W, new)
 
+    full, dtypes = in_full(plan, load, copy=take is None)
+    return assembled(plan, load, draw_all(drawn, plan.adapted, full, progress), full, dtypes)
+
+
+def in_full(
+    plan: Plan, load: Callable[[str], Tensor], *, copy: bool
+) -> tuple[dict[str, Tensor], dict[str, torch.dtype]]:
+    """Return what trains in full, as it trains, and the model's dtypes of what is in another."""
     full, dtypes = {}, {}
     for name in plan.full:
         tensor = load(name)
         modules.refuse_wrapper(name, tensor)
-        full[name] = tensor.to(factor_dtype(tensor.dtype), copy=take is None)
+        full[name] = tensor.to(factor_dtype(tensor.dtype), copy=copy)
         if full[name].dtype != tensor.dtype:
             dtypes[name] = tensor.dtype
-    weights = draw_all(drawn, plan.adapted, full, progress)
+    return full, dtypes
+
+
+def assembled(
+    plan: Plan,
+    load: Callable[[str], Tensor],
+    weights: Mapping[str, Weight],
+    full: dict[str, Tensor],
+    dtypes: dict[str, torch.dtype],
+) -> TensorDict:
+    """Return the state: these weights, what trains in full, and the rest as `load` gives it."""
     frozen = {
         name: weights[name] if name in weights else load(name)
         for name in plan.names
