@@ -177,7 +177,7 @@ class TestMergeReconstructs:
 
 
 class TestDrift:
-    @settings(max_examples=4)  # of a thousand resamples each
+    @settings(max_examples=2)  # of a thousand resamples each
     @given(ANY_SAMPLER, st.integers(8, 24), st.integers(8, 24), st.integers(1, 8), SEEDS)
     def test_1000_idle_resamples_in_float32(self, sampler, m, n, r, seed):
         module = nn.Linear(n, m, bias=False)

@@ -159,12 +159,10 @@ def test_every_command_that_is_written_down_is_there_and_the_index_has_them_all(
             assert f"`python -m {name.removesuffix('.__main__')}" in index
 
 
-def run_finetune(data_folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [*FINETUNE, "--model", str(data_folder / "model"), "--steps", "6"]
-    command += ["--data", str(data_folder), "--eval-every", "3", "--out", str(data_folder / "out")]
-    return subprocess.run(
-        [*command, *options], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+def options_of_6_steps(data_folder: Path, out: str, *options: object) -> list[object]:
+    """Return the arguments of `run_example` for a finetune of 6 steps; later options win."""
+    start = ["--model", data_folder / "model", "--data", data_folder, "--out", data_folder / out]
+    return ["finetune", *start, "--steps", 6, "--eval-every", 3, *options]
 
 
 def options_of_a_step(data_folder: Path, out: str, *options: object) -> list[object]:
@@ -174,27 +172,30 @@ def options_of_a_step(data_folder: Path, out: str, *options: object) -> list[obj
 
 
 @pytest.mark.parametrize("method", ["full", "lora", *(f"rosa-{name}" for name in SAMPLER_NAMES)])
-def test_finetune_learns_and_writes_what_it_prints(data_folder: Path, method: str):
-    options = ["--rank", "4", "--rate", "0.01", "--resample-every", "2"]
+def test_finetune_learns_and_writes_what_it_prints(
+    run_example: RunExample, data_folder: Path, method: str
+):
+    options = ["--rank", 4, "--rate", 0.01, "--resample-every", 2]
     if method.startswith("rosa"):
         options += ["--sampler", method.removeprefix("rosa-")]
-    done = run_finetune(data_folder, *options, "--method", method.partition("-")[0])
-    assert done.returncode == 0, done.stderr
+    options += ["--method", method.partition("-")[0]]
+    done = run_example(*options_of_6_steps(data_folder, "out", *options))
+    assert done.code == 0, done.err
     name = method if method == "full" else f"{method}-r4"
     lines = (data_folder / "out" / f"e2e-model-{name}-s0.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     dev = [record["nll"] for record in records if record["event"] == "dev"]
     assert [record["event"] for record in records].count("train") == 6
     assert min(dev) < dev[0]
-    assert f"{records[-1]['perplexity']:.3f}" in done.stdout
+    assert f"{records[-1]['perplexity']:.3f}" in done.out
 
 
-def test_finetune_counts_each_token_of_the_references_once(data_folder: Path):
+def test_finetune_counts_each_token_of_the_references_once(
+    run_example: RunExample, data_folder: Path
+):
     """It takes references of four lengths in batches; here they are taken one by one, unpadded."""
-    done = run_finetune(
-        data_folder, "--steps", "1", "--rank", "2", "--out", str(data_folder / "loss")
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_example(*options_of_6_steps(data_folder, "loss", "--steps", 1, "--rank", 2))
+    assert done.code == 0, done.err
     (path,) = (data_folder / "loss").glob("*.jsonl")
     records = (json.loads(line) for line in path.read_text().splitlines())
     found = next(record for record in records if record["event"] == "dev")
@@ -343,12 +344,12 @@ def test_finetune_does_not_resume_or_overwrite_a_run_with_other_options(
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_a_killed_finetune_goes_on_with_the_same_bits(data_folder: Path):
+def test_a_killed_finetune_goes_on_with_the_same_bits(run_example: RunExample, data_folder: Path):
     """Killed mid-cycle and right after a resample; dropout, moments and the order go on too."""
     options = ["--method", "rosa", "--rank", "2", "--resample-every", "4", "--save-every", "1"]
     options += ["--rate", "0.01", "--steps", "12", "--moments", "project", "--batch", "3"]
     whole, parts = data_folder / "whole", data_folder / "parts"
-    assert run_finetune(data_folder, *options, "--out", str(whole)).returncode == 0
+    assert run_example(*options_of_6_steps(data_folder, "whole", *options)).code == 0
     name = "e2e-model-rosa-random-r2-s0"
     command = [*FINETUNE, "--model", str(data_folder / "model"), *options]
     command += ["--data", str(data_folder), "--eval-every", "3", "--out", str(parts), "--resume"]

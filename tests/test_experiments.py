@@ -217,15 +217,14 @@ def cut_theorem(folder: Path, steps: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run `theorem` cut to a few cells; kill it twice on the way."""
+    """Run `theorem` cut to a few cells; kill it on the way."""
     folder = tmp_path_factory.mktemp("experiments")
     command = cut_theorem(folder, steps=3)
-    for finished in (1, 2):
-        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as run:
-            while len(records.read(folder)) < finished:
-                assert run.poll() is None, run.stderr and run.stderr.read()
-                time.sleep(0.01)
-            os.kill(run.pid, signal.SIGKILL)
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as run:
+        while len(records.read(folder)) < 2:
+            assert run.poll() is None, run.stderr and run.stderr.read()
+            time.sleep(0.01)
+        os.kill(run.pid, signal.SIGKILL)
     before = (folder / "theorem.jsonl").read_text()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -14,10 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from examples.experiments import base, plan, records
-
-# Imported once, in the process that the others are forked from.
-PRELOADED = [f"{__package__}.{name}" for name in ("training", "text", "generation", "glue")]
+from examples.experiments import plan, records, tasks
 
 
 def unfinished(experiments: list[plan.Experiment], results: Path) -> list[plan.Experiment]:
@@ -50,9 +47,14 @@ def run(
     cores = cores or os.cpu_count() or 1
     kind, _, name = experiment.setting.get("model", "").partition(":")
     if kind == "base":  # once, before the processes that would each make it
+        from examples.experiments import base
+
         base.cached(name, data, cache)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    # Imported once, in the process that the others are forked from.
+    context.set_forkserver_preload(
+        [f"{__package__}.{name}" for name in ("training", *tasks.modules(experiment.setting))]
+    )
     steps = context.Value("l", 0)
     path, under_way = results / f"{experiment.name}.jsonl", results / "under-way"
     running: dict[int, tuple[BaseProcess, plan.Cell]] = {}
