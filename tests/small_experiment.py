@@ -25,7 +25,7 @@ METHODS = [
     plan.Method("robust, restarted", "lora", rank=1, budget=2, begin=2, restart=True),
     plan.Method("random support", "lora", rank=1, budget=2, begin=2, support="random"),
 ]
-SETTING = {"steps": 7, "tune_steps": 3, "warmup": 2, "eval_every": 3}
+SETTING = {"task": "regression", "steps": 7, "tune_steps": 3, "warmup": 2, "eval_every": 3}
 
 
 def experiment(**changes: Any) -> plan.Experiment:

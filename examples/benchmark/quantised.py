@@ -36,7 +36,7 @@ from examples.benchmark.contenders import (
     tokens,
     train_step,
 )
-from examples.benchmark.fresh_process import in_a_process
+from examples.benchmark.fresh_process import RETURNED, in_a_process
 from examples.shared.machine import cpu
 from examples.shared.peak_memory import peak_memory_of_this_process, reset_peak_memory
 from rosa_func import samplers
@@ -127,7 +127,7 @@ def memory(s: Settings) -> None:
     """Measure the peak of training."""
     for kind in KINDS:
         arguments = json.dumps([s.judged, kind])
-        found = in_a_process("examples.benchmark.quantised", "--work", arguments)
+        found = in_a_process("examples.benchmark.quantised", "--work", arguments, **RETURNED)
         print(
             f"memory    {kind or 'dense':11} state {found['state']:6.0f} MiB, "
             f"peak of the process {found['peak']:6.0f} MiB",
