@@ -475,7 +475,7 @@ class TestPast:
         model, x = two_layers(), randn(3, 6)
         start = perturbed(rosa_func.resample(perturbed(state_of(model)), 1, sampler=BESIDE[0]))
         table, follow = RosaModule._table, RosaModule._follow_past
-        for place in range(0, 40, 4):
+        for place in range(0, 40, 8):
             module, calls = RosaModule(model, start), []
 
             def begins(module: RosaModule, given: Any, calls=calls) -> None:
