@@ -1,4 +1,4 @@
-"""Quantised residuals: what was trained, and its master, each merged, with its error.
+"""Quantised residuals: two ways to merge them, each with its error.
 
     state = init(model, r, quantize="nf4", master="cpu")
 
@@ -22,9 +22,9 @@ T = TypeVar("T")
 
 
 class Merged(NamedTuple):
-    """Dense weights, and how far from them those are that the model computed with.
+    """Dense weights, and their distance from those that the model computed with.
 
-    Of `merge_into_dequantised` and `merge_into_master`.
+    It is what `merge_into_dequantised` and `merge_into_master` return.
 
     Attributes:
         weights: as of `merge`.
@@ -36,11 +36,11 @@ class Merged(NamedTuple):
 
 
 def merge_into_dequantised(state: TensorDict) -> Merged:
-    """Return the weights that were trained, and what rounding them to the model's dtype takes.
+    """Return the weights that were trained, and the error of rounding them to the model's dtype.
 
         W = R + A B,    R dequantised
 
-    To store W quantised again takes a quantisation error more.
+    If W is quantised again, a quantisation error comes on top.
 
     Args:
         state: a state of `init(..., quantize=...)` or `resample`, trained or not.
@@ -69,12 +69,12 @@ def merge_into_dequantised(state: TensorDict) -> Merged:
 
 
 def merge_into_master(state: TensorDict) -> Merged:
-    """Return the weights with the training in the master, and what quantising took from them.
+    """Return full-precision weights with the training added, and the error of quantising them.
 
         W = R + c + A B,    c what quantising took
 
-    W is nearer to the pretrained weights, and not what was trained: A B was trained beside the
-    dequantised R. Which of the two is better is for a dev set to say.
+    The master puts back what quantising took, and A B was trained without it. So W is nearer to
+    the pretrained weights, and is not what was trained. A dev set says which of the two is better.
 
     Args:
         state: a state of `init(..., quantize=..., master=...)` or `resample`, trained or not.

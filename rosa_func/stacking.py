@@ -6,21 +6,31 @@ stride 0 there. Copies (`.clone()`, `.to(device)`) lose this, so move the states
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 from torch import Tensor, nn
 
 from rosa_func import modules
+from rosa_func._stacked import (
+    from_entries,
+    is_shared,
+    joined,
+    members_of,
+    of_each,
+    parts_of_one,
+    refuse_unlike,
+    with_factors,
+    with_losses_of_one_shape,
+    without_zeros,
+)
 from rosa_func.checkpoint import delta
 from rosa_func.forward import check_fit
-from rosa_func.weight import Parts, Term, Weight, layout, read, write
+from rosa_func.weight import Term, Weight, layout, read, write
 from rosa_func.weight.dense import Dense
 from rosa_func.weight.layout import Path
 from rosa_func.weight.low_rank import LowRank, low_rank
-from rosa_func.weight.rounding import is_zero
 from rosa_func.weight.sparse_part import SparsePart
 
 
@@ -56,20 +66,20 @@ def stack(states: Iterable[TensorDict]) -> TensorDict:
         >>> stacked["trainable", "0.weight", "A"].shape
         torch.Size([2, 4, 3])
     """
-    all_parts = [_of_one(state) for state in states]
+    all_parts = [parts_of_one(state) for state in states]
     if not all_parts:
         raise ValueError("there are no states to stack")
     ranks: dict[str, int] = {}
     for parts in all_parts:
         for name, w in parts.adapted().items():
             ranks[name] = max(ranks.get(name, 0), low_rank(w).r)
-    all_parts = _with_losses_of_one_shape(all_parts)
-    padded = [_with_factors(parts, lambda n, f: f.padded(ranks[n])) for parts in all_parts]
+    all_parts = with_losses_of_one_shape(all_parts)
+    padded = [with_factors(parts, lambda n, f: f.padded(ranks[n])) for parts in all_parts]
     members = [layout.entries(write(parts)) for parts in padded]
     for place, member in enumerate(members):
-        _refuse_unlike(members[0], member, place)
-    joined = {path: _joined(path, [member[path] for member in members]) for path in members[0]}
-    return _from_entries(joined, len(members))
+        refuse_unlike(members[0], member, place)
+    entries = {path: joined(path, [member[path] for member in members]) for path in members[0]}
+    return from_entries(entries, len(members))
 
 
 def unstack(stacked: TensorDict) -> list[TensorDict]:
@@ -77,7 +87,7 @@ def unstack(stacked: TensorDict) -> list[TensorDict]:
 
         unstack(stack(states)) = states,    bit for bit
 
-    Components at the end of which both factors are 0 are taken for filled up.
+    The last components are left out as filled up where both factors are 0.
 
     Args:
         stacked: a state of `stack`, trained or not.
@@ -97,12 +107,12 @@ def unstack(stacked: TensorDict) -> list[TensorDict]:
         >>> one["trainable", "0.weight", "A"].shape
         torch.Size([4, 1])
     """
-    members = _members(stacked)
+    members = members_of(stacked)
     each = stacked.detach()
     states = [read(each[place]) for place in range(members)]
     return [
         write(
-            _with_factors(_without_zeros(parts), lambda _, factors: factors.trimmed())._replace(
+            with_factors(without_zeros(parts), lambda _, factors: factors.trimmed())._replace(
                 full={name: value.clone() for name, value in parts.full.items()}
             )
         )
@@ -126,7 +136,8 @@ def select(stacked: TensorDict, rows: Sequence[int] | Tensor) -> TensorDict:
         A stacked state of as many members as rows, for `vmap` over it and the batch.
 
     Raises:
-        ValueError: if the state is not stacked, or rows are not a list of its members.
+        ValueError: if the state is not stacked, or rows are empty, not one-dimensional, or ask for
+            a member that it does not have.
         TypeError: if rows are not integers.
 
     Example:
@@ -139,7 +150,7 @@ def select(stacked: TensorDict, rows: Sequence[int] | Tensor) -> TensorDict:
         >>> forward(chosen, torch.ones(3, 6)).shape
         torch.Size([3, 4])
     """
-    members = _members(stacked)
+    members = members_of(stacked)
     index = torch.as_tensor(rows)
     if index.ndim != 1 or not len(index):
         raise ValueError(
@@ -155,12 +166,12 @@ def select(stacked: TensorDict, rows: Sequence[int] | Tensor) -> TensorDict:
         )
 
     def chosen(path: Path, tensor: Tensor) -> Tensor:
-        if _is_shared(path, tensor):
+        if is_shared(path, tensor):
             return tensor[0].expand(len(index), *tensor.shape[1:])
         return tensor[index.to(tensor.device, torch.int64)]
 
     entries = layout.entries(stacked)
-    return _from_entries({path: chosen(path, t) for path, t in entries.items()}, len(index))
+    return from_entries({path: chosen(path, t) for path, t in entries.items()}, len(index))
 
 
 def vmap(
@@ -183,8 +194,8 @@ def vmap(
         (stacked, ...) -> tensors with a dimension of members.
 
     Raises:
-        ValueError: when called, if the state is not stacked, or an argument has not as many rows
-            as it has members.
+        ValueError: when called, if the state is not stacked, or an argument does not have a row
+            for each member.
 
     Example:
         >>> import rosa_func, torch
@@ -198,7 +209,7 @@ def vmap(
     """
 
     def of_stacked(stacked: TensorDict, *args: Any) -> Any:
-        members = _members(stacked)
+        members = members_of(stacked)
         dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * (1 + len(args))
         if dims[0] != 0:
             raise ValueError(f"in_dims is 0 for the stacked state, got {in_dims!r}")
@@ -211,7 +222,7 @@ def vmap(
                     "gives all of them the same argument"
                 )
         entries = layout.entries(stacked)
-        shared = {path: t[0] for path, t in entries.items() if _is_shared(path, t)}
+        shared = {path: t[0] for path, t in entries.items() if is_shared(path, t)}
         own = {path: t for path, t in entries.items() if path not in shared}
 
         def of_one(own: dict[Path, Tensor], *args: Any) -> Any:
@@ -270,112 +281,4 @@ def rebase(
         return Weight(Dense(pretrained[name].detach()), tuple(terms), w.input_dim, lost)
 
     full = {name: value.detach().clone() for name, value in parts.full.items()}
-    return write(_of_each(parts, based)._replace(full=full))
-
-
-def _of_one(state: TensorDict) -> Parts:
-    """Return what a state holds, after refusing a stacked one."""
-    parts = read(state)
-    if state.batch_size:
-        raise ValueError(f"a state is stacked already, with {len(state)} members: unstack it first")
-    return parts
-
-
-def _members(stacked: TensorDict) -> int:
-    """Return how many members a stacked state has; refuse another."""
-    if not isinstance(stacked, TensorDictBase):
-        raise TypeError(f"a stacked state is a TensorDict, got {type(stacked).__name__}")
-    if len(stacked.batch_size) != 1:
-        raise ValueError(
-            f"the state is not stacked: its batch size is {tuple(stacked.batch_size)}, and that of "
-            "rosa_func.stacking.stack([state, ...]) is (members,)"
-        )
-    return len(stacked)
-
-
-def _with_factors(parts: Parts, changed: Callable[[str, LowRank], LowRank]) -> Parts:
-    """Return the parts with other factors, as `changed` gives them by name."""
-
-    def other(name: str, w: Weight) -> Weight:
-        terms = [changed(name, term) if isinstance(term, LowRank) else term for term in w.terms]
-        return w._replace(terms=tuple(terms))
-
-    return _of_each(parts, other)
-
-
-def _with_losses_of_one_shape(all_parts: list[Parts]) -> list[Parts]:
-    """Fill up with zeros what has no elements in one state, as nothing was lost there."""
-    found = [
-        name
-        for parts in all_parts
-        for name, w in parts.adapted().items()
-        if w.lost is not None and w.lost.numel()
-    ]
-
-    def filled(name: str, w: Weight) -> Weight:
-        if w.lost is None or w.lost.numel() or name not in found:
-            return w
-        return w._replace(lost=w.lost.new_zeros(w.shape))
-
-    return [_of_each(parts, filled) for parts in all_parts]
-
-
-def _without_zeros(parts: Parts) -> Parts:
-    """Keep no elements of what rounding took where that is nothing."""
-
-    def emptied(name: str, w: Weight) -> Weight:
-        is_nothing = w.lost is not None and is_zero(w.lost)
-        return w._replace(lost=w.lost.new_empty(0)) if is_nothing else w  # type: ignore[union-attr]
-
-    return _of_each(parts, emptied)
-
-
-def _of_each(parts: Parts, changed: Callable[[str, Weight], Weight]) -> Parts:
-    """Return the parts with each adapted weight as `changed` gives it."""
-    return parts.with_adapted({name: changed(name, w) for name, w in parts.adapted().items()})
-
-
-def _refuse_unlike(first: dict[Path, Tensor], other: dict[Path, Tensor], place: int) -> None:
-    """Refuse states that do not have the same entries, of the same shapes and dtypes."""
-    advice = "stack states of one model, with the same targets and of one kind"
-    if unlike := sorted(first.keys() ^ other.keys()):
-        path = unlike[0]
-        has, lacks = (0, place) if path in first else (place, 0)
-        raise KeyError(f"state {has} has {_said(path)}, and state {lacks} does not: {advice}")
-    for path, tensor in first.items():
-        kinds = [(tuple(t.shape), str(t.dtype), str(t.device)) for t in (tensor, other[path])]
-        if kinds[0] != kinds[1]:
-            raise ValueError(
-                f"{_said(path)} is {' '.join(map(str, kinds[0]))} in state 0 and "
-                f"{' '.join(map(str, kinds[1]))} in state {place}: {advice}"
-            )
-
-
-def _said(path: Path) -> str:
-    branch, *names = path
-    return f"{'.'.join(names)} in {branch}"
-
-
-def _joined(path: Path, tensors: list[Tensor]) -> Tensor:
-    """Stack an entry of all states, or expand it where all have the same that does not train."""
-    first, *others = (tensor.detach() for tensor in tensors)
-    if not layout.trains(path) and all(map(partial(_are_equal, first), others)):
-        return first.expand(len(tensors), *first.shape)
-    return torch.stack([first, *others])
-
-
-def _are_equal(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors have the same values, without a look where memory is shared."""
-    is_same = one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
-    return is_same or torch.equal(one, other)
-
-
-def _is_shared(path: Path, stacked: Tensor) -> bool:
-    """Return whether all members have an entry in the same memory, and none trains it."""
-    return stacked.stride(0) == 0 and not layout.trains(path)
-
-
-def _from_entries(entries: dict[Path, Tensor], members: int) -> TensorDict:
-    state = layout.from_entries(entries)
-    state.batch_size = torch.Size([members])
-    return state
+    return write(of_each(parts, based)._replace(full=full))

@@ -1,5 +1,6 @@
 """The Hypothesis profile of the tests, the toy parts, and what is not collected."""
 
+import gc
 import os
 import signal
 import sys
@@ -33,3 +34,12 @@ def toys() -> Iterator[None]:
     """Let the library know the toy bases and terms while the tests of a file run."""
     with registered():
         yield
+
+
+@pytest.fixture(scope="module")
+def few_objects() -> Iterator[None]:
+    """Keep what is there from the searches for who shares a tensor, which look at all objects."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

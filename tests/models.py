@@ -1,6 +1,6 @@
 """Tiny stock models, built by their configuration, and seeded inputs for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -109,6 +109,16 @@ def checkpoint_segments(model: Any, options: Any = None, on: bool = True) -> Non
 def two_layers() -> nn.Sequential:
     """Build a model with the weights 0.weight (4 x 6) and 2.weight (8 x 4)."""
     return seeded(lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 8)))
+
+
+class Streaming(nn.Sequential):
+    """Layers whose outputs are asked for one by one."""
+
+    def stream(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield the output of each layer."""
+        for layer in self:
+            x = layer(x)
+            yield x
 
 
 def _llama() -> nn.Module:

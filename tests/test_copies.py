@@ -4,7 +4,7 @@ import gc
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rosa_func
-from models import STOCK_NAMES, randn, seeded, stock_model, tiny_gpt2, token_ids, two_layers
+from models import (
+    STOCK_NAMES,
+    Streaming,
+    randn,
+    seeded,
+    stock_model,
+    tiny_gpt2,
+    token_ids,
+    two_layers,
+)
 from references import (
     main_output,
     model_snapshot,
@@ -301,13 +310,6 @@ class TestAdapted:
 
     def test_a_generator_and_a_submodule_compute_with_the_state(self):
         """Through `bind`, a generator ran on with the model's own weights."""
-
-        class Streaming(nn.Sequential):
-            def stream(self, x: Tensor) -> Iterator[Tensor]:
-                for layer in self:
-                    x = layer(x)
-                    yield x
-
         model, x = seeded(lambda: Streaming(nn.Linear(6, 4), nn.Linear(4, 3))), randn(2, 6)
         state = perturbed(rosa_func.init(model, 2), 0.3)
         adapted = rosa_func.adapted(model, state)

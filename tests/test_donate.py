@@ -1,7 +1,6 @@
 """A donated state: the bits of the pure function in its own memory, and then it is spent."""
 
 import copy
-import gc
 import pickle
 import signal
 import threading
@@ -27,18 +26,9 @@ from rosa_func.weight import read
 from rosa_func.weight.layout import leaves
 
 pytestmark = [
-    pytest.mark.usefixtures("toys"),
+    pytest.mark.usefixtures("toys", "few_objects"),
     pytest.mark.filterwarnings("ignore:.*forms a batch"),  # of toys, which have no other rule
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_objects() -> Iterator[None]:
-    """Keep what is there from the searches for who shares a tensor, which look at all objects."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 TARGETS = ["c_attn", "c_fc", "mlp.c_proj"]

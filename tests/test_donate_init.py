@@ -1,12 +1,11 @@
 """A donated model: its memory is the state's, and nothing but a call knows it."""
 
 import copy
-import gc
 import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,16 +25,10 @@ from rosa_func import checkpoint, export, samplers, sparse
 from rosa_func.module import RosaModule
 from rosa_func.weight import read
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*forms a batch")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_objects() -> Iterator[None]:
-    """Keep what is there from the searches for who shares a tensor, which look at all objects."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = [
+    pytest.mark.usefixtures("few_objects"),
+    pytest.mark.filterwarnings("ignore:.*forms a batch"),
+]
 
 
 def pointers(model: nn.Module) -> set[int]:

@@ -1,18 +1,17 @@
 """What a RosaModule gives of its model: parts and methods, changes refused, merged when saved."""
 
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import GPT2LMHeadModel
 
 import rosa_func
-from models import gpt2_and_rosa_module, randn, seeded, stock_model, tiny_gpt2, token_ids
+from models import Streaming, gpt2_and_rosa_module, randn, seeded, stock_model, tiny_gpt2, token_ids
 from references import model_snapshot, perturbed, relative_distance, state_bytes
 from rosa_func.module import RosaModule
 
@@ -74,13 +73,6 @@ class TestParts:
 
     def test_a_generator_computes_with_the_state(self):
         """It ran on the weightless skeleton."""
-
-        class Streaming(nn.Sequential):
-            def stream(self, x: Tensor) -> Iterator[Tensor]:
-                for layer in self:
-                    x = layer(x)
-                    yield x
-
         model, x = seeded(lambda: Streaming(nn.Linear(6, 4), nn.Linear(4, 3))), randn(2, 6)
         module = RosaModule(model, perturbed(rosa_func.init(model, 2)))
         assert torch.equal(list(module.stream(x))[-1], module(x))

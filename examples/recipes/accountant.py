@@ -2,12 +2,15 @@
 
 Sources: Mironov, Talwar and Zhang 2019, "Rényi differential privacy of the sampled Gaussian
 mechanism", section 3.3, for a step; Balle et al. 2020, "Hypothesis testing interpretations and
-Rényi differential privacy", theorem 21, for the epsilon.
+Rényi differential privacy", theorem 21, for the epsilon. Opacus counts the same; it looks at some
+fractions as orders too, and so finds an epsilon that is up to 3% smaller.
 """
 
 import math
 
 import torch
+
+ORDERS = range(2, 256)
 
 
 def epsilon(sigma: float, q: float, steps: int, delta: float) -> float:
@@ -18,11 +21,10 @@ def epsilon(sigma: float, q: float, steps: int, delta: float) -> float:
         RDP(a) = log(sum_k C(a, k) (1 - q)^(a - k) q^k exp(k (k - 1) / (2 sigma^2))) / (a - 1)
         epsilon = min_a  steps RDP(a) + log((a - 1) / a) - log(delta a) / (a - 1)
     """
-    orders = range(2, 256)
-    spent = [steps * renyi_divergence(a, sigma, q) for a in orders]
+    spent = [steps * renyi_divergence(a, sigma, q) for a in ORDERS]
     return min(
         rdp + math.log((a - 1) / a) - math.log(delta * a) / (a - 1)
-        for a, rdp in zip(orders, spent, strict=True)
+        for a, rdp in zip(ORDERS, spent, strict=True)
     )
 
 
