@@ -122,7 +122,7 @@ def _of_left_factor(
 ) -> Slots:
     """Return what is to be known of A', given its first moments, for the factors B and B'."""
     values = {slot: value for slot, value in first.items() if slots.get(slot) is not None}
-    floor = values["exp_avg"].square() if "exp_avg" in values else torch.zeros(())
+    floor = values["exp_avg"].square() if "exp_avg" in values else partner.new_zeros(())
     for slot, v in _second_moments(slots).items():
         values[slot] = torch.maximum(_rescaled(v, partner, new_partner), floor)
     if "variance" in values:

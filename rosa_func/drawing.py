@@ -1,6 +1,6 @@
 """A draw: new factors for one weight, and for all of them at once."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from typing import NamedTuple
@@ -84,7 +84,7 @@ def draw(
     # No views: as long as one is there, so is the memory of what it is a view of.
     base = mapped(base, Tensor.detach, base._fields)
     restarted = tuple(term.restarted() for term in terms if term.restarted is not None)
-    input_dim = torch.tensor(how.input_dim, device=W.device)  # where all of the weight is
+    input_dim = torch.full((), how.input_dim, device=W.device)  # where all of the weight is
     return Weight(base, (factors, *restarted), input_dim, lost)
 
 
@@ -110,11 +110,14 @@ def draw_beside(how: Draw, W: Tensor, w: Weight) -> Weight:
 
 def draw_all(
     work: Callable[[str], Weight],
-    names: Collection[str],
+    weights: Mapping[str, Weight | torch.device],
     full: dict[str, Tensor],
     progress: Progress = False,
 ) -> dict[str, Weight]:
-    """Return {name: work(name)}; refuse all weights that are not finite at once, `full` too."""
+    """Return {name: work(name)}; refuse all weights that are not finite at once, `full` too.
+
+    The weights, or where they are, are those of before, for `map_weights`.
+    """
 
     def attempt(name: str) -> Weight | NotFiniteError:
         try:
@@ -122,11 +125,11 @@ def draw_all(
         except NotFiniteError as error:
             return error
 
-    with _told(progress, len(names)) as tell:
-        found = dict(zip(names, map_weights(attempt, names, tell), strict=True))
-    weights = {name: w for name, w in found.items() if isinstance(w, Weight)}
-    refuse_non_finite([name for name in found if name not in weights], full)
-    return weights
+    with _told(progress, len(weights)) as tell:
+        found = dict(zip(weights, map_weights(attempt, weights, tell), strict=True))
+    drawn = {name: w for name, w in found.items() if isinstance(w, Weight)}
+    refuse_non_finite([name for name in found if name not in drawn], full)
+    return drawn
 
 
 def refuse_non_finite(found: list[str], others: Mapping[str, Tensor]) -> None:

@@ -25,7 +25,7 @@ from rosa_func.weight import Weight
 from rosa_func.weight.keeping import Place
 from rosa_func.weight.layout import entries, is_compensation, trains
 from rosa_func.weight.low_rank import LowRank
-from rosa_func.weight.parallel import map_weights
+from rosa_func.weight.parallel import HOST, map_weights
 from rosa_func.weight.rounding import factor_dtype
 
 Loss = Callable[[nn.Module, TensorDict], Tensor]
@@ -266,4 +266,4 @@ def _draw_seconds(m: int, n: int, r: int, input_dim: int, sampler: Sampler) -> f
         sampler(W, r, site)
         return thread_time() - start
 
-    return min(seconds for _ in range(3) for seconds in map_weights(timed, range(1)))
+    return min(seconds for _ in range(3) for seconds in map_weights(timed, {0: HOST}))

@@ -36,6 +36,7 @@ def init_from(
     exclude: str | Iterable[str] = (),
     exact: bool | None = None,
     dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
     compensation: Place = None,
     progress: Progress = False,
     quantize: str | None = None,
@@ -65,6 +66,7 @@ def init_from(
         exclude: see `init`.
         exact: see `init`.
         dtype: of the floating-point weights; None for that of the files.
+        device: where each weight is taken to, and decomposed; None for the CPU.
         compensation: see `init`.
         progress: as in `init`.
         quantize: see `init`.
@@ -72,16 +74,18 @@ def init_from(
         others: none, as in `init`.
 
     Returns:
-        The weightless model, in eval mode, to be passed to `call`, and the state, both on the CPU:
-        `model, state = model.to(device), state.to(device)` moves them.
+        The weightless model, in eval mode, to be passed to `call`, and the state, both on the
+        device: `model, state = model.to(device), state.to(device)` moves them.
 
     Raises:
         FileNotFoundError: if the folder lacks one of the files, or neither it nor such a repository
             is found.
         KeyError: if the files lack a tensor of the model (named), such as those of a new head.
         ValueError: if a shape differs from that of the config, if the tensors of experts do not go
-            together, if the files hold two values of one tied weight, or as `init`.
+            together, if the files hold two values of one tied weight, on the meta device, or
+            as `init`.
         TypeError: as `init`.
+        RuntimeError, AssertionError: of torch, if there is no such device.
 
     Example:
         >>> import rosa_func, tempfile, torch, transformers
@@ -99,10 +103,16 @@ def init_from(
     if dtype is not None and dtype not in _DTYPES.values():
         known = ", ".join(str(known) for known in _DTYPES.values())
         raise TypeError(f"dtype is None or one of {known}, got {dtype!r}")
+    place = torch.empty(0, device=device or "cpu").device  # an error, if there is none
+    if place.type == "meta":
+        raise ValueError(
+            "init_from reads weights, and the meta device holds none: rosa_func.plan(config, r) "
+            "says what they would take"
+        )
     folder = hub.folder(path, _PATTERNS, _files_in)
     with ExitStack() as stack:
         files = _Files(folder, stack)
-        model = _weightless(folder, dtype or files.dtype())
+        model = _weightless(folder, dtype or files.dtype()).to(place)
         expected = modules.tensors(model)
         stored = files.locate(model)
 
@@ -123,12 +133,19 @@ def init_from(
                     f"{what} has shape {tuple(tensor.shape)} in {folder}, and by the config of "
                     f"{type(model).__name__} {tuple(expected[name].shape)}"
                 )
+            tensor = tensor.to(place)
             return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
         plan = targeting.plan(model, r, targets, train, exclude)
         modules.refuse_sparse_gradients(model, plan.full)
         return model, split_all(
-            plan, read, key=key, sampler=sampler, storage=storage, progress=progress
+            plan,
+            read,
+            lambda _: place,
+            key=key,
+            sampler=sampler,
+            storage=storage,
+            progress=progress,
         )
 
 

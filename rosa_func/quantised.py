@@ -7,7 +7,7 @@ and so does its backward; what trains is the same as with dense ones. The *maste
 quantising took, so that R + master + A B is the weight in full: `resample` draws from it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -118,8 +118,8 @@ def _quantised(parts: Parts) -> dict[str, Weight]:
     return adapted
 
 
-def _of_each(work: Callable[[str], T], names: Iterable[str]) -> dict[str, T]:
-    return dict(zip(names, map_weights(work, names), strict=True))
+def _of_each(work: Callable[[str], T], weights: dict[str, Weight]) -> dict[str, T]:
+    return dict(zip(weights, map_weights(work, weights), strict=True))
 
 
 def _distance(W: Tensor, other: Tensor) -> float:

@@ -149,6 +149,7 @@ def init(
         return split_all(
             plan,
             tensors.__getitem__,
+            lambda name: tensors[name].device,
             key=key,
             sampler=sampler,
             storage=storage,
@@ -168,6 +169,7 @@ def _refuse_shared(model: nn.Module, taken: list[tuple[str, Tensor]]) -> None:
 def split_all(
     plan: Plan,
     load: Callable[[str], Tensor],
+    device_of: Callable[[str], torch.device],
     *,
     key: int,
     sampler: Sampler,
@@ -177,7 +179,8 @@ def split_all(
 ) -> TensorDict:
     """Do what `init` does by a plan, with the tensors of the model as `load` gives them by name.
 
-    `take` puts a new weight into the memory of the old one, and there is no other that needs it.
+    `device_of` says where an adapted one will be. `take` puts a new weight into the memory of the
+    old one, and there is no other that needs it.
     """
     if take is not None:  # before anything is written
         refuse_non_finite([], {name: load(name) for name in [*plan.adapted, *plan.full]})
@@ -192,7 +195,8 @@ def split_all(
         return new if take is None else take(W, new)
 
     full, dtypes = in_full(plan, load, copy=take is None)
-    return assembled(plan, load, draw_all(drawn, plan.adapted, full, progress), full, dtypes)
+    devices = {name: device_of(name) for name in plan.adapted}
+    return assembled(plan, load, draw_all(drawn, devices, full, progress), full, dtypes)
 
 
 def in_full(

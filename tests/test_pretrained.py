@@ -135,6 +135,16 @@ class TestConversions:
         _, state = rosa_func.init_from(tmp_path, 2, train="head")
         assert state_bytes(state) == state_bytes(rosa_func.init(model, 2, train="head"))
 
+    def test_a_device_that_is_none_is_refused_before_anything_is_read(self, tmp_path: Path):
+        with pytest.raises(RuntimeError, match="nowhere"):
+            rosa_func.init_from(tmp_path, 2, device="nowhere")
+        with pytest.raises(ValueError, match=r"meta device holds none: rosa_func\.plan"):
+            rosa_func.init_from(tmp_path, 2, device="meta")
+        stock_model("gpt2-small").model.save_pretrained(tmp_path)
+        on_host, there = (rosa_func.init_from(tmp_path, 2, device=d) for d in (None, "cpu"))
+        assert state_bytes(on_host[1]) == state_bytes(there[1])
+        assert there[0].device == torch.device("cpu")
+
     def test_init_from_converts_to_a_dtype(self, tmp_path: Path):
         model = stock_moe("qwen3-moe", dtype=torch.bfloat16).model
         model.save_pretrained(tmp_path)

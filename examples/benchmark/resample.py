@@ -1,5 +1,6 @@
 """What a resample takes beside SVDs, and what it cannot take less than: a part of speed.py."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from examples.benchmark.contenders import (
     tokens,
     train_step,
 )
-from rosa_func.weight.parallel import map_weights
+from rosa_func.weight.parallel import HOST, map_weights
 
 
 class Split(NamedTuple):
@@ -47,8 +48,8 @@ def resample(s: Settings) -> Times:
         "svd": partial(timed, lambda: [torch.linalg.svd(W, full_matrices=False) for W in matrices]),
         "random": partial(timed, partial(rosa_func.resample, state, 1)),
         "projection": partial(timed, partial(projection, state, 1)),
-        "eigh and products": partial(timed, partial(map_weights, eigh_and_products, splits)),
-        "products": partial(timed, partial(map_weights, products, splits)),
+        "eigh and products": partial(timed, partial(each, eigh_and_products, splits)),
+        "products": partial(timed, partial(each, products, splits)),
         # 8 references of E2E, taken to be 64 tokens each with their padding.
         "step": partial(train_step, rosa_of(model, state), *tokens(model.config, (8, 64))),
     }
@@ -62,6 +63,11 @@ def split(W: Tensor, rank: int) -> Split:
     Q = torch.linalg.qr(torch.randn(min(m, n), rank, generator=torch.Generator().manual_seed(0)))[0]
     M = W if m <= n else W.T
     return Split(W, W.new_ones(m, rank), W.new_ones(rank, n), Q, M, M @ M.T)
+
+
+def each(work: Callable[[Split], object], splits: list[Split]) -> None:
+    """Do it to all of them as a resample does, with as many threads."""
+    map_weights(lambda place: work(splits[place]), dict.fromkeys(range(len(splits)), HOST))
 
 
 def products(of: Split) -> Tensor:

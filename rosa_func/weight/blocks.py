@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rosa_func._torch import is_eager
+from rosa_func._torch import is_eager, is_fake, outside_transforms
 
 BLOCK = 64
 _NESTED_BLOCK = 256  # of scales, where these are quantised again
 _TINY = 1e-38  # a smaller scale has no reciprocal in float32
+_HOST = torch.device("cpu")  # whatever the default device is
+
+Table = dict[torch.device, Tensor]  # the same numbers on each device that has asked for them
 
 # The 16 levels of a normal variable (Dettmers et al. 2023, "QLoRA", appendix E).
 _LEVELS = torch.tensor(
@@ -23,10 +26,13 @@ _LEVELS = torch.tensor(
         *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
         *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
         *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-    ]
+    ],
+    device=_HOST,
 )
-_EDGES = (_LEVELS[1:] + _LEVELS[:-1]) / 2
-_PAIRS = torch.stack([_LEVELS.repeat_interleave(16), _LEVELS.repeat(16)], 1)  # by their byte
+_EDGES: Table = {_HOST: (_LEVELS[1:] + _LEVELS[:-1]) / 2}
+_PAIRS: Table = {  # by their byte
+    _HOST: torch.stack([_LEVELS.repeat_interleave(16), _LEVELS.repeat(16)], 1)
+}
 
 
 def _dynamic_levels() -> Tensor:
@@ -37,14 +43,15 @@ def _dynamic_levels() -> Tensor:
     """
     positive = []
     for decade in range(7):
-        steps = torch.linspace(0.1, 1, 2**decade + 1)
+        steps = torch.linspace(0.1, 1, 2**decade + 1, device=_HOST)
         positive.append(10.0 ** (decade - 6) * ((steps[:-1] + steps[1:]) / 2))
     magnitudes = torch.cat(positive)
-    return torch.cat([magnitudes, -magnitudes, torch.tensor([0.0, 1.0])]).sort().values
+    ends = torch.tensor([0.0, 1.0], device=_HOST)
+    return torch.cat([magnitudes, -magnitudes, ends]).sort().values
 
 
-_DYNAMIC = _dynamic_levels()
-_DYNAMIC_EDGES = (_DYNAMIC[1:] + _DYNAMIC[:-1]) / 2
+_DYNAMIC: Table = {_HOST: _dynamic_levels()}
+_DYNAMIC_EDGES: Table = {_HOST: (_DYNAMIC[_HOST][1:] + _DYNAMIC[_HOST][:-1]) / 2}
 
 
 def in_blocks(R: Tensor, lead: torch.Size) -> Tensor:
@@ -68,7 +75,7 @@ def to_nf4(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 def from_nf4(codes: Tensor, scales: Tensor) -> Tensor:
     """Return the blocks."""
-    table, flat = _PAIRS.to(codes.device), codes.flatten()
+    table, flat = _on(codes.device, _PAIRS), codes.flatten()
     if is_eager():  # a pair is moved as one word: three times as quick
         words = table.view(torch.int64).view(-1).index_select(0, flat.int())
         values = words.view(torch.float32)
@@ -100,7 +107,7 @@ def to_nested(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def from_nested(codes: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
     """Return the scales."""
-    levels = _DYNAMIC.to(codes.device).index_select(0, codes.flatten().long()).view(codes.shape)
+    levels = _on(codes.device, _DYNAMIC).index_select(0, codes.flatten().long()).view(codes.shape)
     blocks = _in_blocks(levels, _NESTED_BLOCK) * nested.unsqueeze(-1)
     return blocks.flatten(-2)[..., : codes.shape[-1]] + offset
 
@@ -115,6 +122,16 @@ def _over(blocks: Tensor, scales: Tensor) -> Tensor:
     return blocks * (1 / scales.clamp_min(_TINY)).unsqueeze(-1)
 
 
-def _nearest(values: Tensor, edges: Tensor) -> Tensor:
+def _nearest(values: Tensor, edges: Table) -> Tensor:
     """Return the places of the nearest levels, the lower one at an edge."""
-    return torch.bucketize(values, edges.to(values.device), out_int32=True).to(torch.uint8)
+    return torch.bucketize(values, _on(values.device, edges), out_int32=True).to(torch.uint8)
+
+
+def _on(device: torch.device, table: Table) -> Tensor:
+    """Return a table on a device. It is copied there once: a copy waits for the device."""
+    if device not in table:
+        if torch.compiler.is_compiling() or is_fake():  # whose tensors are not to be kept
+            return table[_HOST].to(device)
+        with outside_transforms(), torch.inference_mode(False):
+            table[device] = table[_HOST].to(device)
+    return table[device]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rosa_func._torch import address, is_alias
-from rosa_func.weight.parallel import map_weights, uninterrupted
+from rosa_func.weight.parallel import map_weights, on_the_same_streams, uninterrupted
 from rosa_func.weight.parts import Weight, remade, tensors
 from rosa_func.weight.rounding import join
 from rosa_func.weight.spent import Spent, restore, spend
@@ -110,6 +110,7 @@ def emptying(model: Mapping[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], T
     """
     own = {name: tensor.detach() for name, tensor in model.items()}
     taken: list[tuple[Tensor, Weight]] = []
+    follow = on_the_same_streams({tensor.device for tensor in own.values()})
 
     def take(W: Tensor, new: Weight) -> Weight:
         fields = list(_stored(new))
@@ -121,14 +122,15 @@ def emptying(model: Mapping[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], T
                 break
         return new
 
-    def merge_back(pair: tuple[Tensor, Weight]) -> None:
-        W, new = pair
+    def merge_back(place: int) -> None:
+        W, new = taken[place]
         W.copy_(join(new))
         for field in _stored(new):
             spend(field, _NOT_ENDED)
 
     def give_back() -> None:
-        map_weights(merge_back, taken)
+        follow()
+        map_weights(merge_back, {place: new for place, (_, new) in enumerate(taken)})
         for name, tensor in model.items():
             if type(tensor) is Spent:
                 restore(tensor, own[name])

@@ -1,53 +1,67 @@
 """One weight a worker, one BLAS thread each; and work that is finished, come what may."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event, Lock, Thread, local
 from typing import TypeVar
 
 import torch
 
-T = TypeVar("T")
+from rosa_func.weight.parts import Weight
+
+K = TypeVar("K")
 S = TypeVar("S")
 
 _here = local()  # what is set in a worker alone
+HOST = torch.device("cpu")
+_STREAMLESS = ("cpu", "meta")
 
 
 def map_weights(
-    work: Callable[[T], S], items: Iterable[T], done: Callable[[T], object] | None = None
+    work: Callable[[K], S],
+    weights: Mapping[K, Weight | torch.device],
+    done: Callable[[K], object] | None = None,
 ) -> list[S]:
-    """Return [work(item) for item in items], computed by as many workers as torch has threads.
+    """Return [work(name) for name in weights], computed by as many workers as torch has threads.
 
     LAPACK and BLAS give other bits with another number of threads. So each worker has one thread,
     and results do not depend on the machine's threads or on what else is adapted. This is faster
     too. Gradients are off inside.
+
+    Where a weight is on a GPU there is one worker, on the streams of the caller. Several threads
+    would share these, and torch fails where its first decompositions there come from several. Nor
+    are decompositions batched: torch before 2.12 computes those of a batch one after another, too,
+    if they are larger than 32 x 32. (Untested on a GPU.)
 
     An exception, of a worker or in this thread (Ctrl-C), is raised when the workers have finished
     what they had begun; the rest is not begun.
 
     Args:
         work: what a worker does.
-        items: what it is done to.
-        done: called here with each item, in their order, when its work is done.
+        weights: what it is done to by name, and the weight of that name, or the device it is on.
+        done: called here with each name, in their order, when its work is done.
     """
     threads = torch.get_num_threads()
+    devices = {w if isinstance(w, torch.device) else w.base.device for w in weights.values()}
+    follow = on_the_same_streams(devices)
 
-    def single(item: T) -> S:
+    def single(name: K) -> S:
         torch.set_num_threads(1)
         _here.is_worker = True
+        follow()
         with torch.no_grad():
-            return work(item)
+            return work(name)
 
-    items, pool = list(items), ThreadPoolExecutor(threads)
+    pool = ThreadPoolExecutor(threads if devices <= {HOST} else 1)
     futures: list[Future[S]] = []
     results: list[S] = []
     try:
         # A pool whose `submit` is interrupted may forget a worker.
-        uninterrupted(lambda: futures.extend([pool.submit(single, item) for item in items]))
-        for item, future in zip(items, futures, strict=True):
+        uninterrupted(lambda: futures.extend([pool.submit(single, name) for name in weights]))
+        for name, future in zip(weights, futures, strict=True):
             results.append(future.result())
             if done is not None:
-                done(item)
+                done(name)
         return results
     finally:
         uninterrupted(lambda: pool.shutdown(cancel_futures=True))
@@ -57,6 +71,22 @@ def map_weights(
 def is_worker() -> bool:
     """Return whether this thread is a worker of `map_weights`."""
     return getattr(_here, "is_worker", False)
+
+
+def on_the_same_streams(devices: Iterable[torch.device]) -> Callable[[], None]:
+    """Return a function that puts another thread on the streams that are current in this one.
+
+    Each thread has its own, and work on another stream would not wait for what was asked for here.
+    """
+    streams = [torch.accelerator.current_stream(d) for d in devices if d.type not in _STREAMLESS]
+    if streams:
+        streams.append(torch.accelerator.current_stream())  # the last one sets the current device
+
+    def follow() -> None:
+        for stream in streams:
+            torch.accelerator.set_stream(stream)
+
+    return follow
 
 
 def uninterrupted(work: Callable[[], None]) -> None:

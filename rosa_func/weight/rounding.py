@@ -110,7 +110,7 @@ def _sum(w: Weight) -> tuple[Tensor, Tensor | None]:
     R, terms = w.base.dense().detach(), [aligned(term) for term in w.terms]
     if w.lost is None or w.lost.dtype == CODES:
         if w.lost is not None and w.lost.numel():
-            h = decoded(R, w.lost.to(R.device))
+            h = decoded(R, w.lost.to(R.device, non_blocking=True))
         else:
             h = R.to(factor_dtype(R.dtype))
         for term in terms:
@@ -119,7 +119,9 @@ def _sum(w: Weight) -> tuple[Tensor, Tensor | None]:
         return h, None
     wide = torch.promote_types(factor_dtype(R.dtype), w.lost.dtype)
     h = R.to(wide)
-    left: Tensor | None = None if not w.lost.numel() else w.lost.to(device=h.device, dtype=wide)
+    left: Tensor | None = None
+    if w.lost.numel():
+        left = w.lost.to(h.device, non_blocking=True).to(wide)
     for term in terms:
         if term.product is None:
             h, left = term.fold(h if left is None else h + left), None

@@ -6,7 +6,6 @@ cut where DTensor cuts it, and quantised ones are made dense of whole codes.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -160,11 +159,15 @@ def map_whole(work: Callable[[str, Weight], T], weights: Mapping[str, Weight]) -
     Those that are sharded are gathered here, one at a time and in their order, and each is let go
     before the next.
     """
-    plain = {name: w for name, w in weights.items() if not isinstance(w.base, Sharded)}
-    found = dict(zip(plain, map_weights(lambda name: work(name, plain[name]), plain), strict=True))
+
+    def done(given: Mapping[str, Weight]) -> dict[str, T]:
+        results = map_weights(lambda name: work(name, given[name]), given)
+        return dict(zip(given, results, strict=True))
+
+    found = done({name: w for name, w in weights.items() if not isinstance(w.base, Sharded)})
     for name, w in weights.items():
-        if name not in plain:
-            (found[name],) = map_weights(partial(work, name), [whole_weight(name, w)])
+        if name not in found:
+            found |= done({name: whole_weight(name, w)})
     return {name: found[name] for name in weights}
 
 

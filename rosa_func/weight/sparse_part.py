@@ -97,9 +97,11 @@ class SparsePart(NamedTuple):
         return sampled.entries(left, right, self.support), None
 
     def rows(self, embedding: Callable[..., Tensor], indices: Tensor, shape: torch.Size) -> Tensor:
-        """Return rows of S, which are gathered from the values."""
+        """Return rows of S, which are gathered from the values; on a GPU, from the whole of S."""
         if not is_eager():
             raise NotImplementedError  # how many values they have is not known before
+        if self.support.device.type != "cpu":  # to ask how many would wait for the device
+            return embedding(indices, self.product(shape))
         n = shape[1]
         flat = indices.flatten()
         rows = flat.to(self.support.dtype)
