@@ -62,7 +62,7 @@ class Together:
         gradients = torch.autograd.grad(losses.sum(), self.leaves)  # each member's of its own loss
         for slices, own in zip(self.slices, zip(*gradients, strict=True), strict=True):
             for leaf, g in zip(slices, own, strict=True):
-                leaf.grad = g
+                leaf.grad = g.contiguous()  # the fused Adam reads memory in order, whatever strides
         self.optimizer.step()
         return losses.detach()
 
