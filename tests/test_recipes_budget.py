@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rosa_func
-from examples.recipes.budget import dealt, spectra
+from examples.recipes.allocation import dealt, spectra
 from models import randn, two_layers
 
 

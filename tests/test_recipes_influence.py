@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 import rosa_func
-from examples.recipes.influence import conjugate_gradients, fisher, flat, hessian_product
+from examples.recipes.curvature import conjugate_gradients, fisher_matrix, flat, hessian_product
 from models import randn, two_layers
 from references import dense_weights, perturbed
 
@@ -67,7 +67,7 @@ def test_the_fisher_matrix_is_the_mean_over_rows_and_outcomes_of_the_dense_model
         for outcome in range(8):
             (g,) = torch.autograd.grad(log_p[outcome], vector, retain_graph=True)
             expected += log_p[outcome].exp().detach() * torch.outer(g, g) / len(X)
-    found = fisher(logits, t, X)
+    found = fisher_matrix(logits, t, X)
     assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import rosa_func
-from examples.recipes import snapshots
+from examples.recipes import laplace, snapshots
 from examples.recipes.calibration import calibration
 from references import dense_weights, perturbed, relative_distance
 from rosa_func import stacking
@@ -50,22 +50,22 @@ def test_the_fisher_information_is_the_mean_square_of_the_score(model, x, jacobi
         for label in range(snapshots.CLASSES):
             score = J[row, label] - p[row] @ J[row]  # the derivative of log p(label)
             expected += p[row, label] * score.square()
-    assert relative_distance(snapshots.fisher(model, state, x), expected) <= 1e-5
+    assert relative_distance(laplace.fisher_diagonal(model, state, x), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("prior", [0.1, 10.0])
 def test_laplace_softens_by_the_variance_of_the_logits(model, x, jacobians, prior: float):
     state, logits, J = jacobians
-    F_ = snapshots.fisher(model, state, x)
+    F_ = laplace.fisher_diagonal(model, state, x)
     variance = torch.einsum("rcp,p->rc", J.square(), 1 / (F_ + prior))
     expected = (logits / (1 + torch.pi * variance / 8).sqrt()).softmax(-1)
-    assert relative_distance(snapshots.laplace(model, state, F_, prior, x), expected) <= 1e-5
+    assert relative_distance(laplace.softened(model, state, F_, prior, x), expected) <= 1e-5
 
 
 def test_with_a_narrow_prior_laplace_is_the_model(model, x, jacobians):
     state, logits, _ = jacobians
-    F_ = snapshots.fisher(model, state, x)
-    found = snapshots.laplace(model, state, F_, 1e12, x)
+    F_ = laplace.fisher_diagonal(model, state, x)
+    found = laplace.softened(model, state, F_, 1e12, x)
     assert relative_distance(found, logits.softmax(-1)) <= 1e-5
 
 

@@ -1,7 +1,5 @@
 """Recipes of stacked states: the losses of the loop, and the outputs of a pass for each adapter."""
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -17,10 +15,8 @@ def model():
 
 
 def test_a_sweep_has_the_losses_of_training_one_after_another(model):
-    rates = torch.tensor([member.rate for member in sweep.GRID])
-    loss = partial(counting.loss, model)
-    together = sweep.Together(loss, sweep.start(model), rates)
-    loop = sweep.by_loop(loss, sweep.start(model))
+    together = sweep.Together(model, sweep.GRID)
+    loop = sweep.by_loop(model, sweep.GRID)
     for step in range(10):
         ids = counting.sequences(3, 4, step)
         found, expected = together.step(ids), loop.step(ids)

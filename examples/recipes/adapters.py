@@ -8,7 +8,6 @@ draws of its own, then join them: `stacking.rebase` puts what they change on the
 weights. One pass serves rows of all six, as peft does with `adapter_names`: outputs, and times.
 """
 
-import argparse
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from transformers import GPT2LMHeadModel
 
 import rosa_func
 from examples.recipes import costs, counting
+from examples.shared.options import of_a_recipe
 from rosa_func import export, samplers, stacking
 
 TASKS = (2, 3, 5, 7)  # by how much to count
@@ -113,9 +113,8 @@ def one_by_one(
 
 def main() -> None:
     """Train, serve, and compare with peft."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="a few steps and rounds")
-    steps, rounds = (20, 3) if parser.parse_args().short else (150, 9)
+    args = of_a_recipe(__doc__, "a few steps and rounds", draws=False)
+    steps, rounds = (20, 3) if args.short else (150, 9)
     model = counting.counter(steps=steps)
     states = train_together(model, steps) + [train_alone(model, by, steps) for by in ALONE]
 

@@ -20,8 +20,6 @@ Sources: Wortsman et al. 2022, "Model soups"; Ilharco et al. 2023, "Editing mode
 arithmetic".
 """
 
-import argparse
-
 import torch
 import torch.nn.functional as F
 from tensordict import TensorDict
@@ -30,7 +28,7 @@ from torch.func import functional_call
 
 import rosa_func
 from examples.shared.glyphs import SANS, SERIF, Glyphs, base_model, glyphs
-from examples.shared.options import folder
+from examples.shared.options import of_a_recipe
 from examples.shared.panels import panels, save
 from rosa_func import checkpoint
 
@@ -104,10 +102,7 @@ def undo(model: nn.Module, data: Glyphs) -> None:
 
 def main() -> None:
     """Add, average and walk between fine-tuned models, and go back."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="a few dozen steps")
-    parser.add_argument("--out", type=folder, default="runs/recipes", help="for the figure")
-    args = parser.parse_args()
+    args = of_a_recipe(__doc__, "a few dozen steps")
     steps = 4 * PLACES if args.short else 30 * PLACES
 
     model = base_model((128, 128), steps=3 * steps)

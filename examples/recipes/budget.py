@@ -14,8 +14,6 @@ fine-tuning to know. Each has the best of the same rates on other data. The seed
 method, each with data and draws of its own, train at once by vmap.
 """
 
-import argparse
-import heapq
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,41 +24,15 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import rosa_func
+from examples.recipes.allocation import dealt, spectra
 from examples.shared.glyphs import CHARACTERS, SANS, SERIF, Glyphs, base_model, glyphs
-from examples.shared.options import folder
+from examples.shared.options import of_a_recipe
 from examples.shared.panels import panels, save
 
 WIDTHS, UNIFORM, BATCH = (128, 128, 128), 2, 64
 RATES, TUNED_ON = (1e-3, 3e-3, 1e-2, 3e-2), 3  # seeds
 STUDENT = {3: 4.303, 10: 2.262}  # 97.5% quantiles, by the number of values
 Weights = Mapping[str, Tensor]
-
-
-def spectra(weights: Weights) -> dict[str, Tensor]:
-    """Return the squares of the singular values of each matrix, the largest first."""
-    return {n: torch.linalg.svdvals(W).square() for n, W in weights.items() if W.ndim == 2}
-
-
-def dealt(gains: Mapping[str, Tensor], costs: Mapping[str, int], budget: int) -> dict[str, int]:
-    """Return ranks: each goes where it gains most for its cost, until no other can be paid.
-
-    Args:
-        gains: {name: what the first, second, ... rank of this weight gains}, falling.
-        costs: {name: values that a rank of this weight trains}.
-        budget: values that all may train together.
-    """
-    ranks = dict.fromkeys(gains, 0)
-    queue = [(-float(gain[0]) / costs[name], name) for name, gain in gains.items()]
-    heapq.heapify(queue)
-    while queue:
-        _, name = heapq.heappop(queue)
-        if costs[name] > budget:
-            continue  # a cheaper one may still be paid
-        budget -= costs[name]
-        ranks[name] += 1
-        if ranks[name] < len(gains[name]):
-            heapq.heappush(queue, (-float(gains[name][ranks[name]]) / costs[name], name))
-    return ranks
 
 
 def gradient(model: nn.Module, data: Glyphs) -> Weights:
@@ -172,16 +144,13 @@ def draw(differences: dict[str, dict[str, Tensor]], path: Path) -> None:
         panel.set_yticks([-place for place in range(len(names))], names)
         panel.set_ylim(-len(names) + 0.5, 0.5)
         panel.axvline(0, color="black", lw=0.8)
-        panel.set(title=task, xlabel="held-out loss minus that of uniform ranks")
+        panel.set(title=task, xlabel="loss minus that of uniform ranks")
     save(figure, path, "Which ranks are better than uniform ones depends on the task")
 
 
 def main() -> None:
     """Adapt to three tasks with each allocation, over some seeds."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="few steps and seeds")
-    parser.add_argument("--out", type=folder, default="runs/recipes", help="for the figure")
-    args = parser.parse_args()
+    args = of_a_recipe(__doc__, "few steps and seeds")
     seeds, steps = (3, 10) if args.short else (10, 200)
     model = base_model(WIDTHS, 5 * steps)
     tasks = ("turned", "serif", "renamed")

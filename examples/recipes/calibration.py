@@ -6,9 +6,10 @@ Source: Guo et al. 2017, "On calibration of modern neural networks".
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import torch.nn.functional as F
 from torch import Tensor
+
+from examples.shared.panels import panels, save
 
 BINS = 10
 
@@ -37,16 +38,11 @@ def calibration(p: Tensor, y: Tensor) -> Calibration:
 
 def plot(found: dict[str, Calibration], path: Path) -> None:
     """Draw how often predictions were right over how sure they were."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(4.8, 4.4), layout="constrained")
-    axes.plot([0.25, 1], [0.25, 1], color="gray", lw=1, ls=":", label="calibrated")
+    figure, (panel,) = panels(1, width=4.8, height=4.4)
+    panel.plot([0.25, 1], [0.25, 1], color="gray", lw=1, ls=":", label="calibrated")
     for (name, c), marker in zip(found.items(), "osv", strict=False):
         filled = c.share > 0.005
-        axes.plot(c.sure[filled], c.right[filled], marker=marker, ms=4, label=name)
-    axes.set(xlabel="how sure it was", ylabel="how often it was right")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+        panel.plot(c.sure[filled], c.right[filled], marker=marker, ms=4, label=name)
+    panel.set(xlabel="how sure it was", ylabel="how often it was right")
+    panel.legend(fontsize="small")
+    save(figure, path, "The last state is too sure; snapshots and Laplace are less so")

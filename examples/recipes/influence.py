@@ -20,7 +20,6 @@ compared with what happens: one state for each row left out, trained on from t, 
 Source: Koh and Liang 2017, "Understanding black-box predictions via influence functions".
 """
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from statistics import mean
@@ -29,57 +28,17 @@ import torch
 import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor
-from torch.func import grad, jacrev, jvp, vmap
+from torch.func import grad, vmap
 
 import rosa_func
-from examples.benchmark.contenders import clocked, interleave
+from examples.recipes import costs
+from examples.recipes.curvature import conjugate_gradients, fisher_matrix, flat, hessian_product
 from examples.shared.glyphs import SERIF, base_model, glyphs
-from examples.shared.options import folder
+from examples.shared.options import of_a_recipe
 from examples.shared.panels import panels, save
 
 RANK, DAMPING, TESTED = 2, 0.1, 6
 Objective = Callable[..., Tensor]
-
-
-def flat(t: TensorDict, batched: int = 0) -> Tensor:
-    """Return all values side by side, behind that many dimensions of a batch."""
-    leaves = t.values(include_nested=True, leaves_only=True)
-    return torch.cat([leaf.flatten(batched) for leaf in leaves], dim=batched)
-
-
-def hessian_product(objective: Objective, t: TensorDict, v: TensorDict) -> TensorDict:
-    """Return H v, the derivative of the gradient along v."""
-    return jvp(grad(objective), (t,), (v,))[1]
-
-
-def conjugate_gradients(
-    product: Callable[[TensorDict], TensorDict], g: TensorDict, tolerance: float = 1e-6
-) -> TensorDict:
-    """Return x with H x = g, for a positive definite H that is given by its products."""
-    x, rest, direction = g * 0, g, g
-    squared = start = flat(rest) @ flat(rest)
-    while squared > tolerance**2 * start:
-        Hd = product(direction)
-        curvature = flat(direction) @ flat(Hd)
-        if curvature <= 0:
-            raise ValueError("the curvature is not positive here: train longer, or raise DAMPING")
-        step = squared / curvature
-        x, rest = x + direction * step, rest - Hd * step
-        new = flat(rest) @ flat(rest)
-        direction, squared = rest + direction * (new / squared), new
-    return x
-
-
-def fisher(logits: Callable[[TensorDict, Tensor], Tensor], t: TensorDict, images: Tensor) -> Tensor:
-    """Return (1/n) sum_i sum_y p_i(y) g_iy g_iy^T, with g_iy the gradient of log p_i(y)."""
-
-    def of_one(image: Tensor) -> Tensor:
-        log_p = logits(t, image).log_softmax(-1)
-        each = jacrev(lambda t: logits(t, image).log_softmax(-1))(t)
-        g = log_p.exp().sqrt().unsqueeze(-1) * flat(each, batched=1)
-        return g.T @ g
-
-    return sum(map(of_one, images)) / len(images)
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
@@ -110,10 +69,7 @@ def minimised(objective: Objective, start: TensorDict, weights: Tensor, steps: i
 
 def main() -> None:
     """Train, predict what each row does to some test rows, and leave each out to see."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="few rows and steps")
-    parser.add_argument("--out", type=folder, default="runs/recipes", help="for the figure")
-    args = parser.parse_args()
+    args = of_a_recipe(__doc__, "few rows and steps")
     n, steps, rounds = (12, 60, 1) if args.short else (80, 200, 9)
 
     model = base_model((32,), steps=100 if args.short else 1000).double()
@@ -139,7 +95,7 @@ def main() -> None:
 
     each_g = flat(vmap(grad(loss), (None, 0, 0))(t, images[:n], labels[:n]), batched=1)
     product = partial(hessian_product, partial(objective, weights=all_rows[0]), t)
-    F_damped = fisher(logits, t, images[:n])
+    F_damped = fisher_matrix(logits, t, images[:n])
     F_damped.diagonal().add_(DAMPING)
     solved = {
         "Hessian": lambda g: flat(conjugate_gradients(product, g)),
@@ -157,21 +113,17 @@ def main() -> None:
         print(f"{name:10}{mean(each):6.2f}   each:" + "".join(f"{value:6.2f}" for value in each))
         panel.plot(torch.cat(predicted), torch.cat(actual), ".", ms=3)
         panel.set(xlabel=f"predicted: {name}", title=f"rank correlation {mean(each):.2f}")
-    axes[0].set_ylabel("a test row's loss without a row")
-    save(
-        figure, args.out / "influence.png", "Curvature tells what a training row did to a test row"
-    )
+    axes[0].set_ylabel("change of a test row's loss")
+    title = "Curvature tells what a training row did to a test row"
+    save(figure, args.out / "influence.png", title)
 
-    g = grad(loss)(t, images[n], labels[n])
-    work: dict[str, Callable[[], object]] = {
-        f"what {n} rows did to a test row, predicted": partial(solved["Hessian"], g),
-        "training without one row": partial(
-            minimised, objective, t.expand(1), all_but_one[:1], steps
-        ),
+    g, one = grad(loss)(t, images[n], labels[n]), all_but_one[:1]
+    work = {
+        f"all {n} rows, predicted": partial(solved["Hessian"], g),
+        "one row, by training": partial(minimised, objective, t.expand(1), one, steps),
     }
-    times = interleave({name: partial(clocked, f) for name, f in work.items()}, rounds, 0, "time")
-    for name, of in times.items():
-        print(f"{name}: {min(of['processor']):.2f} s of CPU time, fastest of {rounds}")
+    print("\nwhat rows did to a test row")
+    print(costs.table(costs.compared(work, rounds), against="one row, by training"))
 
 
 if __name__ == "__main__":

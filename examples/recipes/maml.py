@@ -17,7 +17,6 @@ order). Each adapts at the best of the same rates on tasks of a validation.
 Source: Finn, Abbeel and Levine 2017, "Model-Agnostic Meta-Learning", sections 2.2 and 5.1.
 """
 
-import argparse
 import math
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 import rosa_func
-from examples.shared.options import folder
+from examples.shared.options import of_a_recipe
 from examples.shared.panels import panels, save
 
 RANK, WIDTH, KNOWN, STEPS, TASKS, RATE = 4, 40, 5, 3, 25, 0.03
@@ -115,10 +114,7 @@ def curves(loss: Loss, t: TensorDict, tasks: Tasks, rate: float) -> Tensor:
 
 def main() -> None:
     """Learn a start, and compare what a few steps make of it and of other starts."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="few steps and tasks")
-    parser.add_argument("--out", type=folder, default="runs/recipes", help="for the figure")
-    args = parser.parse_args()
+    args = of_a_recipe(__doc__, "few steps and tasks")
     steps, number = (20, 100) if args.short else (1000, 600)
 
     with torch.random.fork_rng(devices=[]):
@@ -145,7 +141,7 @@ def main() -> None:
     validation, test = sines(number, 10**6), sines(number, 10**6 + 1)
     print(f"\nmean squared error of new tasks, {KNOWN} points known ± 95% interval")
     print(f"{'start':24}{'rate':>6}{'no step':>9}{'1 step':>9}{f'{STEPS} steps':>15}")
-    figure, (panel,) = panels(1)
+    figure, (panel,) = panels(1, width=5.6)
     for name, t in starts.items():
         at = {rate: curves(of_state, t, validation, rate)[:, STEPS].mean() for rate in RATES}
         rate = min(at, key=lambda rate: at[rate].nan_to_num(torch.inf))
@@ -155,7 +151,8 @@ def main() -> None:
         panel.fill_between(range(len(middle)), middle - half, middle + half, alpha=0.2, lw=0)
         shown = f"{middle[0]:9.2f}{middle[1]:9.2f}{middle[STEPS]:9.2f} ± {half[STEPS]:.2f}"
         print(f"{name:24}{rate:>6}{shown}")
-    panel.set(xlabel="steps on a new task", ylabel="mean squared error", yscale="log")
+    panel.axvline(STEPS, color="black", lw=0.8, ls=":", label="as many as in training")
+    panel.set(xlabel="steps on a new task", ylabel="mean squared error")
     panel.legend(fontsize="small")
     save(figure, args.out / "maml.png", "A start that was learned adapts in a step")
 

@@ -18,7 +18,6 @@ Sources: Abadi et al. 2016, "Deep learning with differential privacy"; Li et al.
 language models can be strong differentially private learners" (ghost norms).
 """
 
-import argparse
 import math
 from collections.abc import Callable
 from functools import partial
@@ -33,6 +32,7 @@ from transformers import GPT2LMHeadModel
 import rosa_func
 from examples.recipes import costs, counting
 from examples.recipes.accountant import epsilon
+from examples.shared.options import of_a_recipe
 from rosa_func import samplers
 
 Gradients = list[Tensor]  # in the order of rosa_func.parameters(state)
@@ -113,9 +113,8 @@ def train(
 
 def main() -> None:
     """Compare the three ways, then train at several levels of noise."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="a few steps and rounds")
-    steps, rounds = (3, 3) if parser.parse_args().short else (60, 9)
+    args = of_a_recipe(__doc__, "a few steps and rounds", draws=False)
+    steps, rounds = (3, 3) if args.short else (60, 9)
     wide = counting.counter(192, 4, steps=0)
     state = rosa_func.init(wide, 16)
     ids = counting.sequences(1, 32, 0)

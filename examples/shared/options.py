@@ -56,3 +56,12 @@ def text_file(text: str) -> Path:
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"there is no file {path}")
     return path
+
+
+def of_a_recipe(about: str, short: str, draws: bool = True) -> argparse.Namespace:
+    """Read the options of a recipe: --short, and --out if it draws a figure."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help=short)
+    if draws:
+        parser.add_argument("--out", type=folder, default="runs/recipes", help="for the figure")
+    return parser.parse_args()

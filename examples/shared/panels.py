@@ -7,17 +7,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
-def panels(number: int, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+def panels(number: int, width: float = 3.6, height: float = 3.4) -> tuple[Figure, list[Axes]]:
     """Return a figure with that many panels in a row."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(
-        1, number, figsize=(3.6 * number, height), layout="constrained", squeeze=False
+        1, number, figsize=(width * number, height), layout="constrained", squeeze=False
     )
     for panel in axes[0]:
         panel.grid(alpha=0.3)
-        panel.locator_params(nbins=6)
+        panel.locator_params(nbins=5)
         panel.spines[["top", "right"]].set_visible(False)
     return figure, list(axes[0])
 
