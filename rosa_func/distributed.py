@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rosa_func import cycle, samplers, sparse
 from rosa_func._supports import Density
+from rosa_func._together import all_told, broadcast, description, refuse_different
 from rosa_func.checkpoint import digest
 from rosa_func.drawing import check_draw
 from rosa_func.samplers import Sampler
@@ -43,15 +44,20 @@ def resample(
         sampler: as in `resample`.
         group: None for all processes. Without torch.distributed initialised, or alone in the group,
             this is `resample`.
-        donate: as in `resample`, the same in every process. After an exception half-way each has a
-            state that is whole and computes the same; but one may have drawn where another has not.
+        donate: as in `resample`; it may differ between processes. After an exception half-way each
+            has a state that is whole and computes the same; but one may have drawn where another
+            has not.
 
     Returns:
         A new state, as of `resample`.
 
     Raises:
-        As `resample`, in the process whose share it is; the others raise a RuntimeError then, so
-        that none waits for ever.
+        ValueError: in every process, before anything is changed, if they differ in the key, in the
+            sampler (by its name), or in the weights of the state (by a hash).
+        RuntimeError: if another process failed (its error is quoted), was killed, or did not answer
+            within the timeout of the group. That is 30 minutes by default, and the longest share
+            has to be drawn within it: `init_process_group(timeout=timedelta(hours=2))`.
+        Else as `resample`, in the process whose share it is.
 
     Example:
         >>> import rosa_func, torch
@@ -77,31 +83,32 @@ def drawn_again(
     if _is_alone(group):
         return cycle.drawn_again(state, key, None, sampler, handover)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    parts = read(state)
-    adapted = parts.adapted()
-    own: dict[str, Weight] = {}
-    failure: Exception | None = None
-    try:
+
+    def facts() -> dict[str, Any]:
         check_draw(key, sampler)
         if not is_checked:
             cycle.refuse_shared(state)
-        share: dict[str, Any] = {name: adapted[name] for name in list(adapted)[rank::size]}
-        drawn = cycle.drawn_again(write(Parts(share, parts.full)), key, None, sampler, handover)
-        own = read(drawn).adapted()
-    except Exception as error:  # raised below, once the others know of it
-        failure = error
-    # The entries of a weight are the same in every process; only its owner knows their shapes.
-    news: list[Any] = [None] * size
-    known = {
-        name: {path: (t.dtype, t.shape) for path, t in entries(_of_one(name, w)).items()}
-        for name, w in own.items()
-    }
-    dist.all_gather_object(news, None if failure else known, group)
-    if any(each is None for each in news):
-        raise failure or RuntimeError(f"another process could not resample; this is rank {rank}")
+        called = getattr(sampler, "__qualname__", type(sampler).__name__)
+        return {"the key": key, "the sampler": called, **_described(state)}
+
+    refuse_different(facts, "resample", group)
+    parts = read(state)
+    adapted = parts.adapted()
+    share: dict[str, Any] = {name: adapted[name] for name in list(adapted)[rank::size]}
+    own: dict[str, Weight] = {}
+    full: dict[str, Tensor] = {}
+
+    def draw() -> dict[str, dict[Path, tuple[torch.dtype, torch.Size]]]:
+        mine = write(Parts(share, parts.full))
+        drawn = read(cycle.drawn_again(mine, key, None, sampler, handover))
+        own.update(drawn.adapted())
+        full.update(drawn.full)
+        tensors = {name: entries(_of_one(name, w)) for name, w in own.items()}
+        return {n: {p: (t.dtype, t.shape) for p, t in ts.items()} for n, ts in tensors.items()}
+
     new: dict[str, Weight] = {}
-    for owner, each in enumerate(news):
-        source = owner if group is None else dist.get_global_rank(group, owner)
+    # The entries of a weight are the same in every process; only its owner knows their shapes.
+    for owner, each in enumerate(all_told(draw, "resample", group)):
         for name, shapes in each.items():
             mine = entries(_of_one(name, own[name])) if owner == rank else {}
             sent: Entries = {}
@@ -116,15 +123,25 @@ def drawn_again(
                     if owner == rank
                     else torch.empty(shape, dtype=dtype, device=place)
                 )
-                if shape.numel():
-                    dist.broadcast(sent[path], source, group)
+                broadcast(sent[path], owner, "resample", group)
                 kept = kept_as(adapted[name])
                 if is_compensation(path) and kept is not None:
                     sent[path] = mine[path] if owner == rank else kept.keep(sent[path])
             found = read(from_entries(sent)).adapted()[name]
             new[name] = found if owner == rank else handover.weight(name, adapted[name], found)
-    full = read(drawn).full
     return write(parts.with_adapted(new)._replace(full=full))
+
+
+def _described(state: TensorDict, *what: str) -> dict[str, str]:
+    """Return what is the same in every process, by name: all that a draw reads.
+
+    That is not all of a state: each process has its own statistics of BatchNorm.
+    """
+    parts = read(state)
+    return {
+        ".".join((*what, *path)): description(tensor)
+        for path, tensor in entries(write(Parts({**parts.adapted()}, parts.full))).items()
+    }
 
 
 def _of_one(name: str, w: Weight) -> TensorDict:
@@ -164,8 +181,10 @@ def begin(
         The state to go on with, the same in every process.
 
     Raises:
-        As `sparse.begin`, in the first process; the others raise a RuntimeError then, so that none
-        waits for ever.
+        ValueError: in every process, before the first has looked at a batch, if they differ in the
+            weights of the state, or of `start`.
+        RuntimeError: as `resample`. The others wait while the first scores.
+        Else as `sparse.begin`, in the first process.
 
     Example:
         >>> import rosa_func, torch
@@ -182,27 +201,24 @@ def begin(
 
     if _is_alone(group):
         return begun()
+
+    def facts() -> dict[str, str]:
+        return _described(state) | ({} if start is None else _described(start, "start"))
+
+    refuse_different(facts, "begin", group)
     is_first = dist.get_rank(group) == 0
-    source = 0 if group is None else dist.get_global_rank(group, 0)
     support: dict[str, Tensor] = {}
-    failure: Exception | None = None
-    try:
+
+    def score() -> dict[str, tuple[torch.dtype, torch.Size]]:
         weights = read(begun()).adapted() if is_first else {}
-        support = {name: part.support for name, part in sparse_parts(weights).items()}
-    except Exception as error:  # raised below, once the others know of it
-        failure = error
-    known = {name: (places.dtype, places.shape) for name, places in support.items()}
-    news: list[Any] = [None if failure else known]
-    dist.broadcast_object_list(news, source, group)
-    if news[0] is None:
-        raise failure or RuntimeError(
-            f"the first process could not begin; this is rank {dist.get_rank(group)}"
-        )
+        support.update({name: part.support for name, part in sparse_parts(weights).items()})
+        return {name: (places.dtype, places.shape) for name, places in support.items()}
+
     adapted = read(state).adapted()
-    for name, (dtype, shape) in news[0].items():
+    for name, (dtype, shape) in all_told(score, "begin", group)[0].items():
         if not is_first:
             support[name] = torch.empty(shape, dtype=dtype, device=adapted[name].base.device)
-        dist.broadcast(support[name], source, group)
+        broadcast(support[name], 0, "begin", group)
     return sparse.move(state if start is None else start, support)
 
 
@@ -217,7 +233,7 @@ def check_equal(state: TensorDict, group: dist.ProcessGroup | None = None) -> st
         A SHA-256 of names, dtypes, shapes and bytes, in hexadecimal.
 
     Raises:
-        RuntimeError: in every process, if the hashes differ (with all of them).
+        RuntimeError: in every process, if the hashes differ (with all of them); or as `resample`.
 
     Example:
         >>> import rosa_func, torch
@@ -225,14 +241,12 @@ def check_equal(state: TensorDict, group: dist.ProcessGroup | None = None) -> st
         >>> len(rosa_func.distributed.check_equal(state))
         64
     """
-    own = digest(state)
-    if not dist.is_available() or not dist.is_initialized():
-        return own
-    hashes: list[str] = [""] * dist.get_world_size(group)
-    dist.all_gather_object(hashes, own, group)
+    if _is_alone(group):
+        return digest(state)
+    hashes = all_told(lambda: digest(state), "compare states", group)
     if len(set(hashes)) > 1:
         raise RuntimeError(f"the processes have different states, by rank: {hashes}")
-    return own
+    return hashes[0]
 
 
 def _is_alone(group: dist.ProcessGroup | None) -> bool:
