@@ -27,7 +27,7 @@ export       to plain modules, and to and from adapters of peft
 module       a state as an nn.Module, for the Trainer and DistributedDataParallel
 trainer      resampling and robust adaptation as callbacks of the Trainer (the extra "trainer")
 quantised    residuals in 4 or 8 bits a value: the merges of these, each with its error
-distributed  a resample, and a choice of support, shared by several processes
+distributed  frozen weights spread over several processes; a resample, a support shared by them
 """
 
 from importlib import import_module

@@ -3,11 +3,13 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from functools import partial
 from operator import itemgetter
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass as without_torch_function
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -41,6 +43,7 @@ __all__ = [
     "is_exporting",
     "is_fake",
     "is_old_dynamo",
+    "is_only_holder",
     "is_traced",
     "is_wrapped",
     "is_wrapper",
@@ -56,6 +59,7 @@ __all__ = [
     "own_persistent_buffers",
     "own_tables",
     "tensor_holders",
+    "timeout_of",
     "tree_leaves",
     "tree_map",
     "turn_into",
@@ -188,6 +192,11 @@ def memory_holders(tensor: Tensor) -> int:
     return _holders_of_memory(tensor) - _MEMORY_ALONE + 1
 
 
+def is_only_holder(tensor: Tensor) -> bool:
+    """Return whether no other tensor has the memory of this one; False where torch does not say."""
+    return hasattr(torch._C, "_storage_Use_Count") and memory_holders(tensor) == 1
+
+
 def tensor_holders(tensor: Tensor) -> int:
     """Return how many hold a tensor itself: Python, and each graph that has to go back.
 
@@ -220,6 +229,13 @@ def _holders_of_tensor(tensor: Tensor) -> int:
 _MEMORY_ALONE = _holders_of_memory(torch.empty(1, device="cpu"))
 _BASE_ALONE = _references_to_base(torch.empty(1, device="cpu").view(1))
 _TENSOR_ALONE = _holders_of_tensor(torch.empty(1, device="cpu"))
+
+
+def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta:
+    """Return how long a collective of a group waits for the other ranks."""
+    options: Any = group._get_backend(device).options
+    timeout: timedelta = options._timeout
+    return timeout
 
 
 def turn_into(tensor: Tensor, kind: type[Tensor]) -> None:

@@ -14,12 +14,12 @@ from rosa_func import modules
 from rosa_func.files import container, nested
 from rosa_func.forward import check_fit
 from rosa_func.keys import canonical
-from rosa_func.weight import layout, read, rounding
+from rosa_func.weight import Weight, layout, read, rounding
 from rosa_func.weight.factoring import Factored, factored
 from rosa_func.weight.low_rank import LowRank, low_rank
-from rosa_func.weight.parallel import map_weights
 from rosa_func.weight.parts import mapped
 from rosa_func.weight.rounding import aligned
+from rosa_func.weight.sharded import map_whole, whole
 from rosa_func.weight.sparse_part import SparsePart, sparse_parts
 
 
@@ -161,8 +161,8 @@ def delta(
 
     sparse = {name: aligned(part) for name, part in sparse_parts(adapted).items()}
 
-    def changed(name: str) -> Factored:
-        w, W0 = adapted[name], pretrained[name]
+    def changed(name: str, w: Weight) -> Factored:
+        W0 = pretrained[name]
         shape = low_rank(w).shape
         W = rounding.computed(w).double().reshape(shape)
         D = W - W0.reshape(shape).to(W)
@@ -171,15 +171,15 @@ def delta(
         dtype = rounding.factor_dtype(W0.dtype)
         return factored(D, W.norm(dim=(-2, -1)), tol=tol, rank=rank, dtype=dtype)
 
-    changes = dict(zip(adapted, map_weights(changed, adapted), strict=True))
+    changes = map_whole(changed, adapted)
     rest = {name: t for name, t in parts.frozen.items() if isinstance(t, Tensor)}
     rest |= parts.rounded()
     entries: dict[str, dict[str, Any]] = {
         "change": {name: {"A": change.A, "B": change.B} for name, change in changes.items()},
         "full": {
-            name: rest[name].detach().clone()
+            name: now.detach().clone()
             for name, tensor in pretrained.items()
-            if name not in changes and not torch.equal(rest[name], tensor)
+            if name not in changes and not torch.equal(now := whole(name, rest[name]), tensor)
         },
         "error": {name: change.error for name, change in changes.items()},
     }

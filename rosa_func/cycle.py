@@ -15,7 +15,7 @@ from rosa_func.weight import Weight, read, rounding, write
 from rosa_func.weight.donating import APART, Handover, handing_over
 from rosa_func.weight.keeping import kept_as
 from rosa_func.weight.low_rank import low_rank
-from rosa_func.weight.parallel import map_weights
+from rosa_func.weight.sharded import Sharded, map_whole, shared
 from rosa_func.weight.sharing import shared_state
 
 
@@ -113,6 +113,11 @@ def drawn_again(
     """Do what `resample` does, with a `handover` of the old parts."""
     parts = read(state)
     adapted = parts.adapted()
+    if sharded := [name for name, w in adapted.items() if isinstance(w.base, Sharded)]:
+        raise ValueError(
+            f"{sharded[0]} is sharded: rosa_func.distributed.resample(state, key), in all "
+            "processes, draws for such a state, without a change of its ranks"
+        )
     named = {name: [name, keys.canonical(name)] for name in adapted}
     ranks = {} if r is None else patterns.ranks(r, named)
 
@@ -152,6 +157,9 @@ def merge(state: TensorDict) -> dict[str, Tensor]:
     These are the weights that `call` computes with. So a quantised residual goes in as it is,
     without its master; see `rosa_func.quantised` for both.
 
+    Of a sharded state the weights are sharded as their residuals are: `gather` them, or each by its
+    `full_tensor()`, in all processes. Every process merges all of them, one at a time.
+
     Tied weights come once, under their first name: pass `strict=False` to `load_state_dict` then.
     Tensors that are not adapted share their storage with the state.
 
@@ -174,11 +182,11 @@ def merge(state: TensorDict) -> dict[str, Tensor]:
     parts = read(state)
     adapted = parts.adapted()
 
-    def merged(name: str) -> Tensor:
-        w = adapted[name]
-        return rounding.computed(w).to(w.base.dtype)
+    def merged(name: str, w: Weight) -> Tensor:
+        W, base = rounding.computed(w).to(w.base.dtype), adapted[name].base
+        return shared(W, base.like) if isinstance(base, Sharded) else W
 
-    dense = dict(zip(adapted, map_weights(merged, adapted), strict=True))
+    dense = map_whole(merged, adapted)
     rest = {name: t.detach() for name, t in parts.frozen.items() if isinstance(t, Tensor)}
     full = {name: value.detach() for name, value in parts.rounded().items()}
     return {name: dense[name] if name in dense else rest[name] for name in parts.frozen} | full

@@ -1,7 +1,8 @@
-"""What several processes do to one state, for DistributedDataParallel."""
+"""What several processes do to one state: shard it, draw for it together, compare it."""
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -9,19 +10,127 @@ import torch.distributed as dist
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from rosa_func import cycle, samplers, sparse
+from rosa_func import cycle, keys, patterns, samplers, sparse
+from rosa_func._exchange import described, drawn_again, is_alone
 from rosa_func._supports import Density
-from rosa_func._together import all_told, broadcast, description, refuse_different
+from rosa_func._together import all_told, broadcast, refuse_different
 from rosa_func.checkpoint import digest
-from rosa_func.drawing import check_draw
 from rosa_func.samplers import Sampler
-from rosa_func.weight import Parts, Weight, read, write
-from rosa_func.weight.donating import APART, Handover, handing_over
-from rosa_func.weight.keeping import kept_as
-from rosa_func.weight.layout import Path, entries, from_entries, is_compensation, is_drawn
+from rosa_func.weight import Parts, Weight, read
+from rosa_func.weight.donating import APART, handing_over
+from rosa_func.weight.gathering import group_of, is_sharded
+from rosa_func.weight.layout import entries, from_entries, is_frozen, kept_apart, refuse_sharded
+from rosa_func.weight.sharded import Sharded, shared, whole
 from rosa_func.weight.sparse_part import sparse_parts
 
-Entries = dict[Path, Tensor]
+if dist.is_available():
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+
+def shard(
+    state: TensorDict,
+    mesh: "DeviceMesh",
+    *,
+    targets: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] = (),
+) -> TensorDict:
+    """Spread the frozen weights of a state over the ranks of a mesh, by rows.
+
+        rank i of N holds the rows i ceil(m / N), ..., (i + 1) ceil(m / N) - 1 of R
+
+    The rest of the state stays whole on each rank: what trains, and the optimizer's moments of
+    it, are small. A product gathers its weight, in forward and again in backward, and the next one
+    while this one computes, so a rank needs room for two whole weights beside its rows. The results
+    are those of the whole state. Of quantised weights the codes are sharded and gathered. What
+    storing a residual takes (compensation, master) is sharded with it.
+
+    Every rank computes with the same weights in the same order, each with inputs of its own; the
+    gradients of what trains are those of the rank, so average them, as DistributedDataParallel of
+    a `RosaModule` does. `call`, `parameters`, optimizers, `optim.rebind`, gradient checkpointing
+    and the transforms of torch.func work as ever, torch.compile does not. `resample`, `merge` and
+    `checkpoint.delta` take one weight at a time; for all else, `gather` the state.
+
+    A weight that is small beside what it computes with is better left whole: to gather it takes
+    longer than the product (see examples/guide/sharding.md).
+
+    Args:
+        state: a state of `init` or `resample`, whole and the same on each rank (see `check_equal`).
+        mesh: a mesh of torch.distributed. Rows are spread over its last dimension, and the same
+            over all others (as in `fully_shard`).
+        targets: patterns of the weights, as in `exclude` of `init`. None for all that are frozen
+            and have two dimensions at least: adapted ones, embeddings, output layers.
+        exclude: patterns of weights that stay whole.
+
+    Returns:
+        A new state of DTensors; tensors that stay whole are the given one's own. Let the given one
+        go, and the model: `skeleton(model)` has no weights.
+
+    Raises:
+        TypeError: if the mesh is none, or a pattern is not a string.
+        ValueError: if a pattern matches nothing; if there is nothing to shard, a weight is
+            sharded already or on another device than the mesh, or what storing it took is kept
+            apart from it.
+
+    Source: Rajbhandari et al. 2020, "ZeRO", stage 3.
+
+    Example:
+        >>> import rosa_func, tempfile, torch
+        >>> import torch.distributed as dist
+        >>> file = tempfile.NamedTemporaryFile()
+        >>> dist.init_process_group("gloo", f"file://{file.name}", rank=0, world_size=1)
+        >>> mesh = dist.init_device_mesh("cpu", (1,))
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(6, 4)), torch.ones(1, 6)
+        >>> state = rosa_func.init(model, 2)
+        >>> sharded = rosa_func.distributed.shard(state, mesh)
+        >>> y = rosa_func.call(rosa_func.skeleton(model), sharded, x)
+        >>> torch.allclose(y, rosa_func.call(model, state, x))
+        True
+        >>> dist.destroy_process_group()
+    """
+    if not dist.is_available() or not isinstance(mesh, DeviceMesh):
+        raise TypeError(
+            f"the mesh is a DeviceMesh, as of torch.distributed.init_device_mesh('cpu', (2,)), got "
+            f"{type(mesh).__name__}"
+        )
+    chosen = _chosen(read(state), targets, exclude)
+    placements = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
+    like = DTensor.from_local(torch.empty(0), mesh, placements, run_check=False)
+    found, apart = {}, kept_apart(state)
+    for path, tensor in entries(state).items():
+        found[path] = tensor
+        if not (is_frozen(path) and path[1] in chosen and tensor.ndim and len(tensor) > 1):
+            continue
+        if path in apart:
+            raise ValueError(
+                f"what storing {path[1]} took is kept apart from it, on the host or in a folder, "
+                "and each rank has its share beside its rows: keep_compensation(state, None)"
+            )
+        if tensor.device.type != mesh.device_type:
+            raise ValueError(
+                f"{path[1]} is on {tensor.device} and the mesh on {mesh.device_type}: move the "
+                "state first, state.to(device)"
+            )
+        found[path] = shared(tensor.detach(), like)
+    return from_entries(found)
+
+
+def gather(state: TensorDict) -> TensorDict:
+    """Return the whole of a sharded state, on every rank; `shard` reversed, bit for bit.
+
+    Args:
+        state: a state with weights that are sharded, or none. Every rank of the mesh calls this.
+
+    Returns:
+        A new state; the tensors that were whole are the given one's own.
+
+    Raises:
+        RuntimeError: if a rank does not take part.
+
+    Example:
+        See `shard`; `gather(shard(state, mesh))` is the state.
+    """
+    return from_entries({path: whole(path[1], t) for path, t in entries(state).items()})
 
 
 def resample(
@@ -38,12 +147,16 @@ def resample(
     that decomposed a weight sends its residual and factors to the others. States that were the
     same bits everywhere are so afterwards, also on machines whose BLAS differ.
 
+    Sharded weights are drawn for in turns: each rank of their mesh collects one, decomposes it, and
+    deals out its rows. No rank has more than its rows and one weight. The bits are those of
+    `resample` of the whole state.
+
     Args:
-        state: the state, the same in every process.
+        state: the state, the same in every process, or sharded by `shard`.
         key: as in `resample`, the same in every process.
         sampler: as in `resample`.
         group: None for all processes. Without torch.distributed initialised, or alone in the group,
-            this is `resample`.
+            this is `resample`. Sharded weights are shared by the ranks of their mesh in any case.
         donate: as in `resample`; it may differ between processes. After an exception half-way each
             has a state that is whole and computes the same; but one may have drawn where another
             has not.
@@ -53,7 +166,8 @@ def resample(
 
     Raises:
         ValueError: in every process, before anything is changed, if they differ in the key, in the
-            sampler (by its name), or in the weights of the state (by a hash).
+            sampler (by its name), or in the weights of the state (by a hash). If a sharded state is
+            to be donated.
         RuntimeError: if another process failed (its error is quoted), was killed, or did not answer
             within the timeout of the group. That is 30 minutes by default, and the longest share
             has to be drawn within it: `init_process_group(timeout=timedelta(hours=2))`.
@@ -64,89 +178,17 @@ def resample(
         >>> state = rosa_func.init(torch.nn.Sequential(torch.nn.Linear(6, 4)), 2)
         >>> new = rosa_func.distributed.resample(state, 1)
     """
-    if _is_alone(group):
+    if any(map(is_sharded, entries(state).values())):
+        if donate:
+            raise ValueError(
+                "a sharded state cannot be donated: leave donate out (the new rows are a share of "
+                "the weights, as the old ones are)"
+            )
+        return drawn_again(state, key, sampler, APART, group)
+    if is_alone(group):
         return cycle.resample(state, key, sampler=sampler, donate=donate)
     with handing_over("resample") if donate else nullcontext(APART) as handover:
         return drawn_again(state, key, sampler, handover, group, is_checked=not donate)
-
-
-def drawn_again(
-    state: TensorDict,
-    key: int,
-    sampler: Sampler,
-    handover: Handover,
-    group: dist.ProcessGroup | None = None,
-    *,
-    is_checked: bool = True,
-) -> TensorDict:
-    """Do what `resample` does, with a `handover` of the old parts."""
-    if _is_alone(group):
-        return cycle.drawn_again(state, key, None, sampler, handover)
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-
-    def facts() -> dict[str, Any]:
-        check_draw(key, sampler)
-        if not is_checked:
-            cycle.refuse_shared(state)
-        called = getattr(sampler, "__qualname__", type(sampler).__name__)
-        return {"the key": key, "the sampler": called, **_described(state)}
-
-    refuse_different(facts, "resample", group)
-    parts = read(state)
-    adapted = parts.adapted()
-    share: dict[str, Any] = {name: adapted[name] for name in list(adapted)[rank::size]}
-    own: dict[str, Weight] = {}
-    full: dict[str, Tensor] = {}
-
-    def draw() -> dict[str, dict[Path, tuple[torch.dtype, torch.Size]]]:
-        mine = write(Parts(share, parts.full))
-        drawn = read(cycle.drawn_again(mine, key, None, sampler, handover))
-        own.update(drawn.adapted())
-        full.update(drawn.full)
-        tensors = {name: entries(_of_one(name, w)) for name, w in own.items()}
-        return {n: {p: (t.dtype, t.shape) for p, t in ts.items()} for n, ts in tensors.items()}
-
-    new: dict[str, Weight] = {}
-    # The entries of a weight are the same in every process; only its owner knows their shapes.
-    for owner, each in enumerate(all_told(draw, "resample", group)):
-        for name, shapes in each.items():
-            mine = entries(_of_one(name, own[name])) if owner == rank else {}
-            sent: Entries = {}
-            for path, (dtype, shape) in shapes.items():
-                if not is_drawn(path):
-                    sent[path] = entries(_of_one(name, adapted[name]))[path].clone()
-                    continue
-                # Where its owner has it, too: backends of GPUs send nothing that is on the host.
-                place = adapted[name].base.device
-                sent[path] = (
-                    mine[path].to(place).contiguous()
-                    if owner == rank
-                    else torch.empty(shape, dtype=dtype, device=place)
-                )
-                broadcast(sent[path], owner, "resample", group)
-                kept = kept_as(adapted[name])
-                if is_compensation(path) and kept is not None:
-                    sent[path] = mine[path] if owner == rank else kept.keep(sent[path])
-            found = read(from_entries(sent)).adapted()[name]
-            new[name] = found if owner == rank else handover.weight(name, adapted[name], found)
-    return write(parts.with_adapted(new)._replace(full=full))
-
-
-def _described(state: TensorDict, *what: str) -> dict[str, str]:
-    """Return what is the same in every process, by name: all that a draw reads.
-
-    That is not all of a state: each process has its own statistics of BatchNorm.
-    """
-    parts = read(state)
-    return {
-        ".".join((*what, *path)): description(tensor)
-        for path, tensor in entries(write(Parts({**parts.adapted()}, parts.full))).items()
-    }
-
-
-def _of_one(name: str, w: Weight) -> TensorDict:
-    """Return the state of one weight."""
-    return write(Parts({name: w}, {}))
 
 
 def begin(
@@ -182,7 +224,7 @@ def begin(
 
     Raises:
         ValueError: in every process, before the first has looked at a batch, if they differ in the
-            weights of the state, or of `start`.
+            weights of the state, or of `start`. If the state is sharded: begin before.
         RuntimeError: as `resample`. The others wait while the first scores.
         Else as `sparse.begin`, in the first process.
 
@@ -199,11 +241,12 @@ def begin(
         options: dict[str, Any] = {"start": start, "how": how, "across": across}
         return sparse.begin(model, state, batches, loss, density, **options)
 
-    if _is_alone(group):
+    refuse_sharded(state, "begin")
+    if is_alone(group):
         return begun()
 
     def facts() -> dict[str, str]:
-        return _described(state) | ({} if start is None else _described(start, "start"))
+        return described(state) | ({} if start is None else described(start, "start"))
 
     refuse_different(facts, "begin", group)
     is_first = dist.get_rank(group) == 0
@@ -229,6 +272,9 @@ def check_equal(state: TensorDict, group: dist.ProcessGroup | None = None) -> st
         state: the state of this process.
         group: None for all processes.
 
+    Of a sharded state, what is whole is the same in all processes, and rows where they are those of
+    one weight; its hash is another one than that of the whole state.
+
     Returns:
         A SHA-256 of names, dtypes, shapes and bytes, in hexadecimal.
 
@@ -241,14 +287,56 @@ def check_equal(state: TensorDict, group: dist.ProcessGroup | None = None) -> st
         >>> len(rosa_func.distributed.check_equal(state))
         64
     """
-    if _is_alone(group):
-        return digest(state)
-    hashes = all_told(lambda: digest(state), "compare states", group)
+    tensors = entries(state)
+
+    def hashed() -> tuple[str, dict[str, tuple[int, str]]]:
+        rows = {str(path): _rows_hash(t) for path, t in tensors.items() if is_sharded(t)}
+        return digest({str(path): t for path, t in tensors.items() if not is_sharded(t)}), rows
+
+    if not dist.is_available() or not dist.is_initialized():
+        return hashed()[0]
+    told = all_told(hashed, "compare states", group)
+    own, hashes = told[0][0], [one for one, _ in told]
     if len(set(hashes)) > 1:
         raise RuntimeError(f"the processes have different states, by rank: {hashes}")
-    return hashes[0]
+    found: dict[str, dict[int, str]] = {}
+    for _, each in told:
+        for path, (place, one) in each.items():
+            if found.setdefault(path, {}).setdefault(place, one) != one:
+                raise RuntimeError(f"the processes have different rows of {path}")
+    return sha256(repr((own, sorted(found.items()))).encode()).hexdigest() if found else own
 
 
-def _is_alone(group: dist.ProcessGroup | None) -> bool:
-    """Return whether there is no other process to share with."""
-    return not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1
+def _rows_hash(tensor: Any) -> tuple[int, str]:
+    """Return which rows of a sharded tensor this rank has, and their hash."""
+    return dist.get_rank(group_of(tensor)), digest({"": tensor.to_local()})
+
+
+def _chosen(
+    parts: Parts, targets: str | Iterable[str] | None, exclude: str | Iterable[str]
+) -> set[str]:
+    """Return the names of the weights to shard."""
+    composable = parts.composable()
+    frozen = {
+        name: value
+        for name, value in parts.frozen.items()
+        if isinstance(value, Weight) or (value.ndim > 1 and value.is_floating_point())
+    }
+    named = {name: [name, keys.canonical(name)] for name in frozen}
+    chosen = set(frozen) if targets is None else _meant(named, targets, "targets")
+    chosen -= _meant(named, exclude, "exclude")
+    if not chosen:
+        raise ValueError("there is nothing to shard: no frozen weight of two dimensions is left")
+    for name in sorted(chosen):
+        if name in composable and isinstance(composable[name].base, Sharded):
+            raise ValueError(f"{name} is sharded already: gather(state) makes it whole")
+    return chosen
+
+
+def _meant(named: dict[str, list[str]], given: str | Iterable[str], argument: str) -> set[str]:
+    found: set[str] = set()
+    for pattern in patterns.listed(given, argument):
+        if not (meant := patterns.select(named, pattern)):
+            raise ValueError(f"{pattern!r} {patterns.matches_nothing(pattern, named)}")
+        found |= set(meant)
+    return found

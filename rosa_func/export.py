@@ -16,6 +16,7 @@ from rosa_func.forward import check_fit
 from rosa_func.modules import with_tensors
 from rosa_func.starting import init
 from rosa_func.weight import read, write
+from rosa_func.weight.layout import refuse_sharded
 from rosa_func.weight.low_rank import LowRank, low_rank
 
 
@@ -43,6 +44,7 @@ def to_module(model: nn.Module, state: TensorDict) -> nn.Module:
         >>> torch.allclose(merged(x), rosa_func.call(model, state, x), atol=1e-6)
         True
     """
+    refuse_sharded(state, "to_module")
     names, merged = check_fit(model, state), merge(state)
     return with_tensors(model, {name: merged[own].clone() for name, own in names.items()})
 

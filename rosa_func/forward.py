@@ -30,6 +30,7 @@ from rosa_func.recomputing import (
 )
 from rosa_func.weight import Parts, all_composed, read
 from rosa_func.weight.composed import as_dense, refuse_tracing
+from rosa_func.weight.gathering import is_sharded
 
 _locks: "WeakKeyDictionary[nn.Module, Any]" = WeakKeyDictionary()
 
@@ -233,7 +234,7 @@ def _fit(model: nn.Module, shapes: dict[str, torch.Size]) -> dict[str, str]:
 
 
 def _composed(parts: Parts) -> dict[str, Tensor]:
-    return {**parts.frozen, **all_composed(parts.adapted()), **parts.rounded()}  # type: ignore[dict-item]
+    return {**parts.frozen, **all_composed(parts.composable()), **parts.rounded()}  # type: ignore[dict-item]
 
 
 def _shapes(parts: Parts) -> dict[str, torch.Size]:
@@ -259,7 +260,7 @@ def _fitted(
     views = {
         name: t.clone() if name in cloned else t.view_as(t)
         for name, t in parts.frozen.items()
-        if isinstance(t, Tensor)
+        if isinstance(t, Tensor) and not is_sharded(t)
     }
     weights = _composed(parts) | views
     weights |= {name: weights[name].clone() for name in cloned & parts.full.keys()}

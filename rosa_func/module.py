@@ -12,7 +12,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from rosa_func import averages, distributed, export, optim, samplers
+from rosa_func import averages, export, optim, samplers
+from rosa_func._exchange import drawn_again
 from rosa_func._torch import is_eager, is_exporting, move, own_buffers, own_modules, own_parameters
 from rosa_func.drawing import check_draw
 from rosa_func.forward import call, called, check_fit
@@ -22,6 +23,7 @@ from rosa_func.samplers import Sampler
 from rosa_func.stand_in import attribute, changes, refuse
 from rosa_func.weight import read
 from rosa_func.weight.donating import APART, handing_over
+from rosa_func.weight.gathering import is_sharded
 from rosa_func.weight.keeping import placed_like
 from rosa_func.weight.layout import (
     Path,
@@ -182,7 +184,7 @@ class RosaModule(nn.Module):
         with nullcontext(APART) if shares else handing_over("resample") as handover:
             # Of what trains in full it is the parameter that goes on.
             handover = handover._replace(leaf=lambda name, leaf: leaf.detach())
-            new = distributed.drawn_again(old, key, sampler, handover)
+            new = drawn_again(old, key, sampler, handover)
             if optimizer is not None:
                 slots = optim.carried(optimizer, old, new, moments=moments, fraction=fraction)
                 for name, parameter in leaves(old).items():
@@ -314,9 +316,9 @@ class RosaModule(nn.Module):
         """
         for path, (_owner, last) in self._slots.items():
             table = self._table(path)
-            if not trains(path) and self._own.get(path) != table[last].data_ptr():
+            if not trains(path) and self._own.get(path) != _memory(table[last]):
                 table[last] = placed_like(table[last], table[last].clone())
-                self._own[path] = table[last].data_ptr()
+                self._own[path] = _memory(table[last])
 
     def ready_to_load(self, given: dict[str, Any], prefix: str, *_: Any) -> None:
         """Let a state dict be loaded into memory that neither the state nor the model shares."""
@@ -336,6 +338,12 @@ class RosaModule(nn.Module):
 def _shapes(entries: dict[Path, Tensor]) -> dict[Path, torch.Size | None]:
     """Return the shapes; None of what rounding took, which may have no elements."""
     return {path: None if is_compensation(path) else t.shape for path, t in entries.items()}
+
+
+def _memory(value: Any) -> int:
+    """Return where the values that this process has begin."""
+    own: Tensor = value.to_local() if is_sharded(value) else value
+    return own.data_ptr()
 
 
 def _kept(path: Path, value: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from rosa_func.weight import Base, Weight, read, write
 from rosa_func.weight.dense import Dense
 from rosa_func.weight.keeping import Kept, Place, check_place, place_of
+from rosa_func.weight.layout import refuse_sharded
 from rosa_func.weight.quantised import QUANTISED
 from rosa_func.weight.rounding import compensation_dtype
 
@@ -113,6 +114,7 @@ def keep_compensation(state: TensorDict, place: Place) -> TensorDict:
         ...     state = rosa_func.resample(state, 1)  # in the folder as well
     """
     place = check_place(place)
+    refuse_sharded(state, "keep_compensation")
     parts = read(state)
 
     def moved(w: Weight) -> Weight:

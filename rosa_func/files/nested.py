@@ -151,6 +151,6 @@ def _refuse_wrapper(name: str, tensor: Tensor) -> None:
     if is_wrapper(tensor):
         raise TypeError(
             f"{name} is of type {type(tensor).__name__}, a tensor made of others (quantised or "
-            "sharded), which has no bytes of its own to write: make it dense, or save the change "
-            "alone, with checkpoint.delta"
+            "sharded), which has no bytes of its own to write: make it dense (a sharded state by "
+            "rosa_func.distributed.gather), or save the change alone, with checkpoint.delta"
         )

@@ -23,6 +23,7 @@ from rosa_func._torch import (
 )
 from rosa_func.weight.parts import Weight, cast, dense, pulled, rebuilt, tensors
 from rosa_func.weight.read_only import ReadOnly, computed, write_error
+from rosa_func.weight.sharded import in_one_pass
 
 # What a function does with a composed weight. The tables are filled by rules.py. A rule takes the
 # function and its arguments. It returns NotImplemented where the dense weight is to be formed.
@@ -100,6 +101,7 @@ def all_composed(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
     Compilers and modes that cannot follow those are given the dense weights.
     """
     refuse_tracing()
+    weights = in_one_pass(weights)
     if is_old_dynamo() or is_fake():
         return {name: dense(w) for name, w in weights.items()}
     computed_with = [_in_one_dtype(w) for w in weights.values()]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rosa_func._torch import address, is_alias
 from rosa_func.weight.parallel import map_weights, uninterrupted
-from rosa_func.weight.parts import Weight, tensors
+from rosa_func.weight.parts import Weight, remade, tensors
 from rosa_func.weight.rounding import join
 from rosa_func.weight.spent import Spent, restore, spend
 
@@ -48,7 +48,7 @@ def handing_over(taker: str) -> Iterator[Handover]:
     def weight(name: str, old: Weight, new: Weight) -> Weight:
         if old.is_closed():  # drawn beside: the base stays what it is
             return new._replace(base=old.base)
-        base = type(new.base)(*map(into, _stored(old), _stored(new)))
+        base = remade(new.base, map(into, _stored(old), _stored(new)))
         new = new._replace(base=base)
         if old.lost is not None and new.lost is not None:
             new = new._replace(lost=into(old.lost, new.lost))
@@ -116,7 +116,7 @@ def emptying(model: Mapping[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], T
         for place, field in enumerate(fields):
             if _fits(W, field):
                 fields[place] = into(W, field)
-                new = new._replace(base=type(new.base)(*fields))
+                new = new._replace(base=remade(new.base, fields))
                 taken.append((W, new))
                 break
         return new

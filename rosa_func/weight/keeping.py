@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rosa_func.weight.gathering import is_sharded
 from rosa_func.weight.parts import Weight
 
 Place = str | os.PathLike[str] | None  # None: beside the weight; "cpu"; or a folder
@@ -40,7 +41,7 @@ def kept_as(w: Weight) -> Kept | None:
 
 def place_of(lost: Tensor, device: torch.device) -> str | None:
     """Return the place, as `Kept` names it, of a compensation of a weight on that device."""
-    if lost.device.type != HOST:
+    if lost.device.type != HOST or is_sharded(lost):
         return None
     # In memory that no file is mapped to, this is None.
     folder, name = os.path.split(lost.untyped_storage().filename or "")

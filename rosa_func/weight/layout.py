@@ -19,12 +19,14 @@ from torch import Tensor
 
 from rosa_func._torch import is_old_dynamo
 from rosa_func.weight.dense import Dense
+from rosa_func.weight.gathering import is_sharded
 from rosa_func.weight.keeping import kept_as
 from rosa_func.weight.low_rank import LowRank
 from rosa_func.weight.parts import Base, Term, Weight, fixed, trainable
 from rosa_func.weight.past import Past
 from rosa_func.weight.quantised import QUANTISED
 from rosa_func.weight.rounding import compensation_dtype
+from rosa_func.weight.sharded import Sharded, spread
 from rosa_func.weight.sparse_part import SparsePart
 from rosa_func.weight.spent import refuse_spent
 
@@ -52,6 +54,15 @@ class Parts(NamedTuple):
     def adapted(self) -> dict[str, Weight]:
         """Return the adapted weights."""
         return {name: w for name, w in self.frozen.items() if isinstance(w, Weight)}
+
+    def composable(self) -> dict[str, Weight]:
+        """Return the weights that stand-ins are made of: adapted ones, and all that are sharded."""
+        sharded = {
+            name: Weight(_base(name, t), (), torch.tensor(0))
+            for name, t in self.frozen.items()
+            if isinstance(t, Tensor) and is_sharded(t)
+        }
+        return self.adapted() | sharded
 
     def with_adapted(self, weights: Mapping[str, Weight]) -> "Parts":
         """Return what there is with other weights in the place of those of these names."""
@@ -131,6 +142,7 @@ def write(parts: Parts) -> TensorDict:
             branches["frozen"][name] = value
             continue
         base: Any = value.base
+        base = base.stored if isinstance(base, Sharded) else base
         stored = base.R if isinstance(base, Dense) else TensorDict(base._asdict())
         branches["frozen"][name] = stored
         branches["input_dim"][name] = value.input_dim
@@ -188,6 +200,21 @@ def trains(path: Path) -> bool:
     return path[0] == "trainable"
 
 
+def is_frozen(path: Path) -> bool:
+    """Return whether a tensor at that path can be sharded: one of a residual or compensation."""
+    return path[0] in ("frozen", "compensation")
+
+
+def refuse_sharded(state: TensorDict, taker: str) -> None:
+    """Refuse a state of which each process has a share only."""
+    for path, tensor in entries(state).items():
+        if is_sharded(tensor):
+            raise ValueError(
+                f"{path[1]} is sharded, and {taker} takes whole weights: gather the state first, "
+                "in all processes, rosa_func.distributed.gather(state)"
+            )
+
+
 def is_drawn(path: Path) -> bool:
     """Return whether a draw makes another tensor for that path of an adapted weight."""
     return path[0] != "input_dim"
@@ -210,6 +237,11 @@ def past_paths(state: TensorDict) -> list[Path]:
 
 
 def _base(name: str, stored: Any) -> Base:
+    base = _stored_base(name, stored)
+    return Sharded(base, name) if spread(base) else base
+
+
+def _stored_base(name: str, stored: Any) -> Base:
     if isinstance(stored, Tensor):
         return Dense(stored)
     fields = dict(stored.items())

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Event, Lock, Thread
+from threading import Event, Lock, Thread, local
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
 S = TypeVar("S")
+
+_here = local()  # what is set in a worker alone
 
 
 def map_weights(
@@ -32,6 +34,7 @@ def map_weights(
 
     def single(item: T) -> S:
         torch.set_num_threads(1)
+        _here.is_worker = True
         with torch.no_grad():
             return work(item)
 
@@ -49,6 +52,11 @@ def map_weights(
     finally:
         uninterrupted(lambda: pool.shutdown(cancel_futures=True))
         torch.set_num_threads(threads)
+
+
+def is_worker() -> bool:
+    """Return whether this thread is a worker of `map_weights`."""
+    return getattr(_here, "is_worker", False)
 
 
 def uninterrupted(work: Callable[[], None]) -> None:

@@ -219,6 +219,13 @@ def cast(term: Term, dtype: torch.dtype) -> Term:
     return mapped(term, lambda field: field.to(dtype), others) if others else term
 
 
+def remade(part: Part, values: Iterable[Tensor]) -> Part:
+    """Return the part with other tensors in all of its fields."""
+    given: Any = part
+    result: Part = given._replace(**dict(zip(given._fields, values, strict=True)))
+    return result
+
+
 def tensors(w: Weight) -> list[Tensor]:
     """Return the tensors that a product with the weight reads; see `rebuilt`."""
     found = [*w.base]  # type: ignore[misc]
@@ -231,7 +238,7 @@ def rebuilt(w: Weight, values: Iterable[Tensor]) -> Weight:
     """Return the weight with other tensors in the place of `tensors(w)`."""
     rest = iter(values)
     parts: tuple[Any, ...] = (w.base, *w.terms)
-    base, *terms = (type(part)(*(next(rest) for _ in part._fields)) for part in parts)
+    base, *terms = (remade(part, [next(rest) for _ in part._fields]) for part in parts)
     return w._replace(base=base, terms=tuple(terms))
 
 

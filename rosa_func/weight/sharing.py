@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rosa_func._torch import (
     address,
     base_of,
+    is_wrapper,
     memory_holders,
     own_tables,
     tensor_holders,
@@ -42,7 +43,7 @@ def shared_state(state: TensorDict, *owners: object) -> str | None:
             (name, tensor)
             for name, w in parts.adapted().items()
             for tensor in (*w.base, *([] if w.lost is None else [w.lost]))  # type: ignore[misc]
-            if tensor.numel()
+            if tensor.numel() and not is_wrapper(tensor)
         ]
         written = [*frozen, *parts.full.items()]
         is_held = any(references[id(tensor)] > 1 + bool(owners) for _, tensor in written)
