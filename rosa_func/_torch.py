@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 __all__ = [
     "FOLLOWS_PARAMETERS_OF_A_SUBCLASS",
     "FORWARD_TABLES",
+    "FSDP_MARK",
     "GROUPED_PRODUCTS",
     "STATE_DICT_HOOKS",
     "TENSOR_TABLES",
@@ -68,6 +69,9 @@ __all__ = [
     "without_torch_function",
     "written",
 ]
+
+# What FullyShardedDataParallel and fully_shard set on each module that they are given.
+FSDP_MARK = "_is_fsdp_managed_module"
 
 
 _VERSION = tuple(map(int, torch.__version__.split(".")[:2]))

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import rosa_func
@@ -223,6 +224,22 @@ def donated_in_one(rank: int) -> dict[str, Any]:
     return {"together": distributed.check_equal(new), "alone": checkpoint.digest(alone)}
 
 
+def sharded_by_others(rank: int) -> dict[str, str]:
+    """Return what FSDP of either kind says of a RosaModule."""
+    said = {}
+    wraps: dict[str, Callable[[nn.Module], object]] = {
+        "fully_shard": fully_shard,
+        "FSDP": lambda module: FullyShardedDataParallel(module, device_id=torch.device("cpu")),
+        "fully_shard, around": lambda module: fully_shard(nn.Sequential(module)),
+    }
+    for what, wrap in wraps.items():
+        try:
+            wrap(RosaModule(layers(), a_state()))
+        except TypeError as error:
+            said[what] = str(error)
+    return said
+
+
 WORKS: dict[str, Callable[[int, Path], dict[str, Any]]] = {
     "forward": lambda rank, _: killed_in_a_step(rank, "forward"),
     "backward": lambda rank, _: killed_in_a_step(rank, "backward"),
@@ -236,6 +253,7 @@ WORKS: dict[str, Callable[[int, Path], dict[str, Any]]] = {
     "save": killed_in_a_save,
     "silent": lambda rank, _: silent(rank),
     "disagreeing": lambda rank, _: disagreeing(rank),
+    "sharded by others": lambda rank, _: sharded_by_others(rank),
     "donated in one": lambda rank, _: donated_in_one(rank),
 }
 

@@ -142,3 +142,12 @@ class TestTheyWereGivenSomethingElse:
             for how in ("together", "alone")
         }
         assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("how", ["fully_shard", "FSDP", "fully_shard, around"])
+def test_sharding_by_others_is_refused_with_what_to_use(folder: Path, how: str):
+    """It left the frozen weights whole; FSDP had a KeyError of 'A', a resample one of DTensor."""
+    for rank in range(2):
+        said = of_rank(folder, "sharded by others", rank)[how]
+        assert "leave all that is frozen whole" in said
+        assert "rosa_func.distributed.shard(state, mesh)" in said
