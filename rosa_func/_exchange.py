@@ -1,5 +1,6 @@
 """A resample shared by several processes: each draws for some weights, and sends what it drew."""
 
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from rosa_func import cycle
 from rosa_func._together import all_told, broadcast, description, refuse_different
-from rosa_func.drawing import check_draw
+from rosa_func.drawing import check_draw, draw_all
 from rosa_func.samplers import Sampler
 from rosa_func.weight import Parts, Weight, read, write
 from rosa_func.weight.donating import APART, Handover
@@ -136,8 +137,31 @@ def _drawn_in_turns(
             told = all_told(draw, "resample", group)
             for owner, name in enumerate(turn):
                 mine = own.pop(name) if owner == rank else None
-                dealt = _dealt(name, adapted[name], mine, told[owner][name], owner, group)
+                before, like = entries(_of_one(name, adapted[name])), _like(adapted[name])
+                dealt = _dealt(name, before, like, mine, told[owner][name], owner, group)
                 new[name] = handover.weight(name, adapted[name], dealt)
+    return new
+
+
+def made_in_turns(
+    work: Callable[[str], Weight], names: Collection[str], like: Any
+) -> dict[str, Weight]:
+    """Make weights, sharded as `like`: in each turn every rank makes one and deals it out."""
+    group = group_of(like)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    new: dict[str, Weight] = {}
+    for start in range(0, len(names), size):
+        turn = list(names)[start : start + size]
+        own: dict[str, Weight] = {}
+
+        def make(turn: list[str] = turn, own: dict[str, Weight] = own) -> dict[str, Known]:
+            own.update(draw_all(work, turn[rank : rank + 1], {}))
+            return _known(own)
+
+        told = all_told(make, "init", group)
+        for owner, name in enumerate(turn):
+            mine = own.pop(name) if owner == rank else None
+            new[name] = _dealt(name, {}, like, mine, told[owner][name], owner, group)
     return new
 
 
@@ -188,19 +212,19 @@ def _gathered(name: str, tensor: Any, owner: int, group: dist.ProcessGroup) -> T
 
 def _dealt(
     name: str,
-    old: Weight,
+    before: Entries,
+    like: Any,
     mine: Weight | None,
     shapes: Known,
     owner: int,
     group: dist.ProcessGroup,
 ) -> Weight:
-    """Return a weight that its owner has drawn, sharded as the old one is."""
+    """Return a weight that its owner has drawn, sharded as `like`; `before` are the old entries."""
     have = {} if mine is None else entries(_of_one(name, mine))
-    before = entries(_of_one(name, old))
-    place, like = old.base.device, _like(old)
+    place = like.device
     found: Entries = {}
     for path, (dtype, shape) in shapes.items():
-        if not is_drawn(path):
+        if not is_drawn(path) and path in before:
             found[path] = before[path].clone()
         elif is_frozen(path) and len(shape) > 0 and shape[0] > 1:
             rows = _scattered(name, have.get(path), dtype, shape, place, owner, group)

@@ -2,7 +2,6 @@
 
 import json
 import os
-from importlib import import_module
 from pathlib import Path as File
 from typing import Any
 
@@ -16,7 +15,7 @@ from rosa_func.files import container, shards
 from rosa_func.files.shards import Index, Piece
 from rosa_func.weight.gathering import is_sharded, rows_each
 from rosa_func.weight.layout import Path, entries, from_entries
-from rosa_func.weight.sharded import of_rows
+from rosa_func.weight.sharded import of_rows, spread_over
 
 
 def save(folder: File, state: TensorDict, extra: dict[str, Any]) -> None:
@@ -59,7 +58,7 @@ def load(folder: File, mesh: Any) -> tuple[TensorDict, dict[str, Any]]:
 def _read(folder: File, mesh: Any) -> tuple[TensorDict, dict[str, Any]]:
     index = shards.read_index(folder)
     content = container.read(folder / index.rest)
-    rest, like = entries(content.pop("state")), None if mesh is None else _like(mesh)
+    rest, like = entries(content.pop("state")), None if mesh is None else spread_over(mesh)
     found: dict[Path, Tensor] = {}
     for name in index.names:
         path = tuple(json.loads(name))
@@ -100,10 +99,3 @@ def _spread(folder: File, index: Index, name: str, like: Any) -> Tensor:
 def _place_and_count(mesh: Any, length: int) -> tuple[int, int]:
     """Return the place of this process along the rows, and how many each process has."""
     return mesh.get_coordinate()[-1], rows_each(length, mesh.size(mesh.ndim - 1))
-
-
-def _like(mesh: Any) -> Any:
-    """Return a tensor that is spread over the last dimension of a mesh."""
-    tensors = import_module("torch.distributed.tensor")  # it takes a while, and few need it
-    placements = [*[tensors.Replicate()] * (mesh.ndim - 1), tensors.Shard(0)]
-    return tensors.DTensor.from_local(torch.empty(0), mesh, placements, run_check=False)

@@ -150,7 +150,7 @@ def plan(
         peak, moments = _stepped(described, state, loss, optimizer)
     rest = peak - whole.all - trained - gradients - moments
     gathered = 2 * max(own.matrices, default=0) if ranks > 1 else 0
-    received = 2 * (sum(own.matrices) + gradients) if gradients else 0
+    received = 2 * (sum(own.matrices) + trained)  # by rings: all but the rank's own share
     return MemoryPlan(
         frozen=own.frozen,
         compensation=own.lost,

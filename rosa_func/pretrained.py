@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from tensordict import TensorDict
@@ -23,6 +23,10 @@ from rosa_func.starting import split_all
 from rosa_func.storage import Master, Storage
 from rosa_func.targeting import Targets
 from rosa_func.weight.keeping import Place
+from rosa_func.weight.sharded import spread_over
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def init_from(
@@ -40,6 +44,7 @@ def init_from(
     progress: Progress = False,
     quantize: str | None = None,
     master: Master = None,
+    mesh: "DeviceMesh | None" = None,
     **others: NoReturn,
 ) -> tuple[nn.Module, TensorDict]:
     """Do what `init` does, reading the weights of a transformers checkpoint one by one.
@@ -69,11 +74,15 @@ def init_from(
         progress: as in `init`.
         quantize: see `init`.
         master: see `init`.
+        mesh: of processes that all call this, to have the state as `distributed.shard` returns it.
+            Each reads and splits its share of the weights, one at a time, and deals out the rows:
+            none ever has more than its rows and a whole weight. The bits are the same.
         others: none, as in `init`.
 
     Returns:
         The weightless model, in eval mode, to be passed to `call`, and the state, both on the CPU:
-        `model, state = model.to(device), state.to(device)` moves them.
+        `model, state = model.to(device), state.to(device)` moves them. With a mesh the state is on
+        its device.
 
     Raises:
         FileNotFoundError: if the folder lacks one of the files, or neither it nor such a repository
@@ -81,7 +90,10 @@ def init_from(
         KeyError: if the files lack a tensor of the model (named), such as those of a new head.
         ValueError: if a shape differs from that of the config, if the tensors of experts do not go
             together, if the files hold two values of one tied weight, or as `init`.
+            With a mesh, for a progress, or for a place apart from the weights for what storing
+            takes.
         TypeError: as `init`.
+        RuntimeError: with a mesh, as `distributed.resample`.
 
     Example:
         >>> import rosa_func, tempfile, torch, transformers
@@ -99,6 +111,12 @@ def init_from(
     if dtype is not None and dtype not in _DTYPES.values():
         known = ", ".join(str(known) for known in _DTYPES.values())
         raise TypeError(f"dtype is None or one of {known}, got {dtype!r}")
+    apart = [place for place in (compensation, master) if place and place is not True]
+    if mesh is not None and (progress or apart):
+        raise ValueError(
+            "with a mesh what storing a weight takes is beside its rows, and there is no progress: "
+            f"leave out compensation={compensation!r}, master={master!r} or progress={progress!r}"
+        )
     folder = hub.folder(path, _PATTERNS, _files_in)
     with ExitStack() as stack:
         files = _Files(folder, stack)
@@ -123,12 +141,14 @@ def init_from(
                     f"{what} has shape {tuple(tensor.shape)} in {folder}, and by the config of "
                     f"{type(model).__name__} {tuple(expected[name].shape)}"
                 )
-            return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+            tensor = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+            return tensor if like is None else tensor.to(like.device)
 
         plan = targeting.plan(model, r, targets, train, exclude)
         modules.refuse_sparse_gradients(model, plan.full)
+        like = None if mesh is None else spread_over(mesh)
         return model, split_all(
-            plan, read, key=key, sampler=sampler, storage=storage, progress=progress
+            plan, read, key=key, sampler=sampler, storage=storage, progress=progress, like=like
         )
 
 

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import rosa_func
 from forking import die, in_a_group
 from models import seeded, tiny_gpt2
-from rosa_func import checkpoint, distributed, sparse
+from rosa_func import checkpoint, distributed, samplers, sparse
 from rosa_func.files import container, shards
+from rosa_func.samplers import Site
 from rosa_func.weight.gathering import is_sharded
 from rosa_func.weight.layout import entries
 
@@ -81,6 +83,34 @@ def killed(rank: int, folder: Path, victim: int) -> dict[str, Any]:
     return {"said": "nothing was raised"}
 
 
+def read_into_shards(rank: int, folder: Path) -> dict[str, Any]:
+    """Read a checkpoint of transformers into shards; and one that a process cannot split."""
+    found: dict[str, Any] = {}
+    for name, options in READ.items():
+        _, state = rosa_func.init_from(folder / "gpt2", 2, mesh=mesh_of(2), **options)
+        found[name] = checkpoint.digest(distributed.gather(state))
+        local = [t.to_local() for t in entries(state).values() if is_sharded(t)]
+        found[f"{name}, rows"] = sum(t.nbytes for t in local)
+
+    def sampler(W: Tensor, r: int, site: Site) -> tuple[Tensor, Tensor]:
+        if rank == 1:
+            raise ValueError(f"no draw of {site.name}")
+        return samplers.random(W, r, site)
+
+    try:
+        rosa_func.init_from(folder / "gpt2", 2, mesh=mesh_of(2), sampler=sampler)
+    except (RuntimeError, ValueError) as error:
+        found["failure"] = f"{type(error).__name__}: {error}"
+    return found
+
+
+READ: dict[str, dict[str, Any]] = {
+    "float32": {"train": "ln_f"},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "nf4": {"quantize": "nf4", "master": True},
+}
+
+
 def refused(rank: int, folder: Path) -> dict[str, str]:
     """Return what is raised where one process cannot write, or read, its part."""
     state, said = distributed.shard(dense(), mesh_of(2)), {}
@@ -110,3 +140,5 @@ if __name__ == "__main__":
     for victim in range(2):
         in_a_group(lambda rank, at, v=victim: killed(rank, at, v), folder, f"killed by {victim}")  # type: ignore[misc]
     in_a_group(refused, folder, "refused")
+    seeded(tiny_gpt2).save_pretrained(folder / "gpt2")
+    in_a_group(read_into_shards, folder, "read")

@@ -165,9 +165,6 @@ class TestRanks:
         codes = rosa_func.plan(nn.Linear(64, 64), 2, quantize="nf4", ranks=2)
         assert codes.gathered == 2 * (64 * 64 // 2 + 64 * 64 // 64 * 4)
 
-    def test_without_a_step_nothing_is_received(self):
-        assert rosa_func.plan(gpt2(), 2, ranks=2).traffic == 0
-
     @pytest.mark.parametrize("ranks", [0, -1, 1.0, True, "2"])
     def test_ranks_that_are_none(self, ranks: Any):
         with pytest.raises(ValueError, match="ranks is a positive int, got"):

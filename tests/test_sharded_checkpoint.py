@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+import rosa_func
 import sharded_files_worker
 from rosa_func import checkpoint
-from rosa_func.weight.layout import entries
-from sharded_files_worker import STATES, dense
+from rosa_func.weight.layout import entries, is_frozen
+from sharded_files_worker import READ, STATES, dense
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
 
@@ -81,6 +82,22 @@ class TestAProcessIsKilledInASave:
     def test_the_other_is_told(self, folder: Path, victim: int):
         found = of_rank(folder, f"killed by {victim}", 1 - victim)
         assert f"could not save on rank {1 - victim}: another process is gone" in found["said"]
+
+
+class TestReadIntoShards:
+    @pytest.mark.parametrize("name", READ)
+    def test_it_is_the_state_of_one_process_bit_for_bit(self, folder: Path, name: str):
+        _, state = rosa_func.init_from(folder / "gpt2", 2, **READ[name])
+        whole = sum(t.nbytes for path, t in entries(state).items() if is_frozen(path))
+        for rank in range(2):
+            found = of_rank(folder, "read", rank)
+            assert found[name] == checkpoint.digest(state)
+            assert found[f"{name}, rows"] <= 0.6 * whole  # rows are whole, so some have one more
+
+    def test_where_one_cannot_split_its_weight_both_say_so(self, folder: Path):
+        first, second = (of_rank(folder, "read", rank)["failure"] for rank in range(2))
+        assert first.startswith("RuntimeError: rank 1 could not init (ValueError: no draw of ")
+        assert second.startswith("ValueError: no draw of ")
 
 
 class TestRefusals:
