@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic
@@ -53,7 +53,7 @@ def trained(state: TensorDict, checkpointed: bool = False) -> list[Tensor]:
     leaves = rosa_func.named_parameters(state)
     optimizer = torch.optim.SGD(leaves.values(), 0.1)
     losses = []
-    for step in range(4):
+    for step in range(3):
         optimizer.zero_grad()
         loss = loss_of(model, state, token_ids(3, 8, seed=step))
         loss.backward()
@@ -66,22 +66,25 @@ def furthest(found: list[Tensor], expected: list[Tensor]) -> float:
     return max(relative_distance(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def computed(mesh: DeviceMesh) -> dict[str, float]:
+def computed(mesh: DeviceMesh, kinds: Iterable[str]) -> dict[str, float]:
     """Return how far losses and gradients are from those of the whole state, by kind."""
     distances = {}
-    for kind in KINDS:
+    for kind in kinds:
         state = whole_state(kind)
         sharded = distributed.shard(state.clone(), mesh)
         distances[kind] = furthest(trained(sharded), trained(state))
-    sharded = distributed.shard(whole_state(), mesh)
-    distances["checkpointed"] = furthest(trained(sharded, True), trained(whole_state()))
     return distances
 
 
-def held(mesh: DeviceMesh) -> dict[str, tuple[int, int, int]]:
+def checkpointed(mesh: DeviceMesh) -> float:
+    """Return how far losses and gradients are where each layer is computed again in backward."""
+    return furthest(trained(whole_sharded(mesh), True), trained(whole_state()))
+
+
+def held(mesh: DeviceMesh, kinds: Iterable[str]) -> dict[str, tuple[int, int, int]]:
     """Return by kind the bytes of a rank's rows, of all of them, and of the largest weight."""
     found = {}
-    for kind in KINDS:
+    for kind in kinds:
         sharded = distributed.shard(whole_state(kind), mesh)
         leaves = sharded.items(include_nested=True, leaves_only=True)
         frozen: list[Any] = [t for path, t in leaves if hasattr(t, "device_mesh")]
@@ -90,7 +93,7 @@ def held(mesh: DeviceMesh) -> dict[str, tuple[int, int, int]]:
     return found
 
 
-def drawn(mesh: DeviceMesh) -> dict[str, Any]:
+def drawn(mesh: DeviceMesh, kinds: Iterable[str]) -> dict[str, Any]:
     """Return what becomes of states that are resampled, merged, and compared with the model."""
     decomposed: list[str] = []
 
@@ -100,7 +103,7 @@ def drawn(mesh: DeviceMesh) -> dict[str, Any]:
 
     same: dict[str, bool] = {}
     model = seeded(tiny_gpt2)
-    for kind in KINDS:
+    for kind in kinds:
         state = whole_state(kind)
         state["trainable", "transformer.h.0.attn.c_attn.weight", "A"] += 0.1
         sharded = distributed.shard(state, mesh)
@@ -200,21 +203,25 @@ def gone(rank: int, mesh: DeviceMesh) -> str:
     return said(lambda: loss_of(model, state, token_ids(3, 8)))
 
 
+def shares(mesh: DeviceMesh, kinds: Iterable[str]) -> dict[str, Any]:
+    return {work.__name__: work(mesh, kinds) for work in (held, computed, drawn)}
+
+
 def process(rank: int, size: int, folder: Path) -> dict[str, Any]:
     timeout = timedelta(seconds=60)
     store = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", store, rank=rank, world_size=size, timeout=timeout)
-    mesh = dist.init_device_mesh("cpu", (size,), mesh_dim_names=("shard",))
-    results: dict[str, Any] = {"held": held(mesh), "computed": computed(mesh), "drawn": drawn(mesh)}
+    mesh = dist.init_device_mesh("cpu", (size,))
     if size == 4:
+        results = shares(mesh, ["nf4_double"])
         hybrid = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-        results |= {"hybrid computed": computed(hybrid), "hybrid drawn": drawn(hybrid)}
-        results["hybrid held"] = held(hybrid)
+        results["hybrid"] = shares(hybrid, ["float32"])
         state = distributed.shard(whole_state(), hybrid)
         if rank == 3:
             state["frozen", "transformer.wte.weight"].to_local().add_(1)
         results["unequal"] = said(lambda: distributed.check_equal(state))
         return results
+    results = shares(mesh, KINDS) | {"checkpointed": checkpointed(mesh)}
     results["module"] = in_a_module(rank, size, mesh)
     results["failing"] = failing(rank, mesh)
     results["out of turn at first"] = out_of_turn(rank, mesh, known=False)

@@ -38,9 +38,13 @@ def is_sharded(value: Any) -> bool:
 
     The module of DTensors need not be imported for that.
     """
-    if type(value) is Tensor and not torch.compiler.is_compiling():
-        value = memory_of(value)
-    return type(value) is not Tensor and hasattr(type(value), "device_mesh")
+    kind = type(bare(value))
+    return kind is not Tensor and hasattr(kind, "device_mesh")
+
+
+def bare(value: Any) -> Any:
+    """Return a tensor from under what transforms of torch.func put round it."""
+    return value if torch.compiler.is_compiling() else memory_of(value)
 
 
 def group_of(tensor: Any) -> dist.ProcessGroup:

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rosa_func._torch import is_fake, memory_of, outside_transforms
-from rosa_func.weight.gathering import Pass, gathered, group_of, is_sharded, rows_each
+from rosa_func._torch import is_fake, outside_transforms
+from rosa_func.weight.gathering import Pass, bare, gathered, group_of, is_sharded, rows_each
 from rosa_func.weight.parallel import is_worker, map_weights
 from rosa_func.weight.parts import Base, Weight, mapped
 
@@ -101,8 +101,8 @@ class Sharded:
 def spread(stored: Base) -> dict[str, Any]:
     """Return the fields of a base that are DTensors, from under what transforms put round them."""
     given: Any = stored
-    fields = {field: getattr(given, field) for field in given._fields}
-    return {field: memory_of(value) for field, value in fields.items() if is_sharded(value)}
+    named = zip(given._fields, given, strict=True)
+    return {field: bare(value) for field, value in named if is_sharded(value)}
 
 
 def refuse_gathers(name: str) -> None:
