@@ -1,5 +1,6 @@
 """A resample shared by several processes: each draws for some weights, and sends what it drew."""
 
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from rosa_func import cycle
-from rosa_func.drawing import check_draw
+from rosa_func._together import all_told, broadcast, description, refuse_different
+from rosa_func.drawing import check_draw, draw_all
 from rosa_func.samplers import Sampler
 from rosa_func.weight import Parts, Weight, read, write
 from rosa_func.weight.donating import APART, Handover
@@ -43,14 +45,24 @@ def drawn_again(
     is_checked: bool = True,
 ) -> TensorDict:
     """Do what `resample` does, with a `handover` of the old parts."""
+
+    def facts() -> dict[str, Any]:
+        check_draw(key, sampler)
+        if not is_checked:
+            cycle.refuse_shared(state)
+        called = getattr(sampler, "__qualname__", type(sampler).__name__)
+        return {"the key": key, "the sampler": called, **described(state)}
+
+    if not is_alone(group):
+        refuse_different(facts, "resample", group)
     parts = read(state)
     adapted = parts.adapted()
     sharded = {name: w for name, w in adapted.items() if isinstance(w.base, Sharded)}
     if not sharded:
-        return _drawn_apart(state, key, sampler, handover, group, is_checked=is_checked)
+        return _drawn_apart(state, key, sampler, handover, group)
     whole: dict[str, Any] = {n: w for n, w in adapted.items() if n not in sharded}
     rest = write(Parts(whole, parts.full, parts.dtypes))
-    new = read(_drawn_apart(rest, key, sampler, handover, group, is_checked=is_checked))
+    new = read(_drawn_apart(rest, key, sampler, handover, group))
     drawn = _drawn_in_turns(sharded, key, sampler, handover)
     return write(parts.with_adapted(new.adapted() | drawn)._replace(full=new.full))
 
@@ -61,8 +73,6 @@ def _drawn_apart(
     sampler: Sampler,
     handover: Handover,
     group: dist.ProcessGroup | None,
-    *,
-    is_checked: bool,
 ) -> TensorDict:
     """Draw for a share of the weights, of which every process has all, and exchange them."""
     if is_alone(group):
@@ -70,20 +80,18 @@ def _drawn_apart(
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     parts = read(state)
     adapted = parts.adapted()
+    share: dict[str, Any] = {name: adapted[name] for name in list(adapted)[rank::size]}
     own: dict[str, Weight] = {}
-    failure: Exception | None = None
-    try:
-        check_draw(key, sampler)
-        if not is_checked:
-            cycle.refuse_shared(state)
-        share: dict[str, Any] = {name: adapted[name] for name in list(adapted)[rank::size]}
+    full: dict[str, Tensor] = {}
+
+    def draw() -> dict[str, Known]:
         drawn = cycle.drawn_again(write(Parts(share, parts.full)), key, None, sampler, handover)
-        own = read(drawn).adapted()
-    except Exception as error:  # raised below, once the others know of it
-        failure = error
+        own.update(read(drawn).adapted())
+        full.update(read(drawn).full)
+        return _known(own)
+
     new: dict[str, Weight] = {}
-    for owner, each in enumerate(_told(own, failure, group)):
-        source = _global(owner, group)
+    for owner, each in enumerate(all_told(draw, "resample", group)):
         for name, shapes in each.items():
             mine = entries(_of_one(name, own[name])) if owner == rank else {}
             sent: Entries = {}
@@ -93,13 +101,12 @@ def _drawn_apart(
                     continue
                 # Where its owner has it, too: backends of GPUs send nothing that is on the host.
                 place = adapted[name].base.device
-                sent[path] = _broadcast(mine.get(path), dtype, shape, place, source, group)
+                sent[path] = _broadcast(mine.get(path), dtype, shape, place, owner, group)
                 kept = kept_as(adapted[name])
                 if is_compensation(path) and kept is not None:
                     sent[path] = mine[path] if owner == rank else kept.keep(sent[path])
             found = read(from_entries(sent)).adapted()[name]
             new[name] = found if owner == rank else handover.weight(name, adapted[name], found)
-    full = read(drawn).full
     return write(parts.with_adapted(new)._replace(full=full))
 
 
@@ -117,42 +124,66 @@ def _drawn_in_turns(
         names = [name for name in adapted if groups[name] == group]
         for start in range(0, len(names), size):
             turn = names[start : start + size]
-            own: dict[str, Weight] = {}
-            failure: Exception | None = None
+            own: dict[str, Any] = {}
             for owner, name in enumerate(turn):
                 collected = _collected(name, adapted[name], owner, group)
                 own |= {name: collected} if collected is not None else {}
-            try:
-                check_draw(key, sampler)
-                drawn = cycle.drawn_again(write(Parts(dict(own), {})), key, None, sampler, APART)
-                own = read(drawn).adapted()
-            except Exception as error:  # raised in `_told`, once the others know of it
-                failure = error
-            told = _told(own, failure, group)
+
+            def draw(own: dict[str, Any] = own) -> dict[str, Known]:
+                drawn = cycle.drawn_again(write(Parts({**own}, {})), key, None, sampler, APART)
+                own.update(read(drawn).adapted())
+                return _known(own)
+
+            told = all_told(draw, "resample", group)
             for owner, name in enumerate(turn):
                 mine = own.pop(name) if owner == rank else None
-                dealt = _dealt(name, adapted[name], mine, told[owner][name], owner, group)
+                before, like = entries(_of_one(name, adapted[name])), _like(adapted[name])
+                dealt = _dealt(name, before, like, mine, told[owner][name], owner, group)
                 new[name] = handover.weight(name, adapted[name], dealt)
     return new
 
 
-def _told(
-    own: dict[str, Weight], failure: Exception | None, group: dist.ProcessGroup | None
-) -> list[dict[str, Known]]:
-    """Return by rank what each has drawn, after all have drawn.
+def made_in_turns(
+    work: Callable[[str], Weight], names: Collection[str], like: Any
+) -> dict[str, Weight]:
+    """Make weights, sharded as `like`: in each turn every rank makes one and deals it out."""
+    group = group_of(like)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    new: dict[str, Weight] = {}
+    for start in range(0, len(names), size):
+        turn = list(names)[start : start + size]
+        own: dict[str, Weight] = {}
+
+        def make(turn: list[str] = turn, own: dict[str, Weight] = own) -> dict[str, Known]:
+            own.update(draw_all(work, dict.fromkeys(turn[rank : rank + 1], like.device), {}))
+            return _known(own)
+
+        told = all_told(make, "init", group)
+        for owner, name in enumerate(turn):
+            mine = own.pop(name) if owner == rank else None
+            new[name] = _dealt(name, {}, like, mine, told[owner][name], owner, group)
+    return new
+
+
+def _known(own: dict[str, Weight]) -> dict[str, Known]:
+    """Return what the others are to know of what was drawn: its dtypes and shapes.
 
     The entries of a weight are the same in every process; only its owner knows their shapes.
     """
-    news: list[Any] = [None] * dist.get_world_size(group)
-    known = {
-        name: {path: (t.dtype, t.shape) for path, t in entries(_of_one(name, w)).items()}
-        for name, w in own.items()
+    tensors = {name: entries(_of_one(name, w)) for name, w in own.items()}
+    return {name: {p: (t.dtype, t.shape) for p, t in ts.items()} for name, ts in tensors.items()}
+
+
+def described(state: TensorDict, *what: str) -> dict[str, str]:
+    """Return what is the same in every process, by name: all that a draw reads.
+
+    That is not all of a state: each process has its own statistics of BatchNorm.
+    """
+    parts = read(state)
+    return {
+        ".".join((*what, *path)): description(tensor)
+        for path, tensor in entries(write(Parts({**parts.adapted()}, parts.full))).items()
     }
-    dist.all_gather_object(news, None if failure else known, group)
-    if any(each is None for each in news):
-        rank = dist.get_rank(group)
-        raise failure or RuntimeError(f"another process could not resample; this is rank {rank}")
-    return news
 
 
 def _collected(name: str, w: Weight, owner: int, group: dist.ProcessGroup) -> Weight | None:
@@ -181,25 +212,25 @@ def _gathered(name: str, tensor: Any, owner: int, group: dist.ProcessGroup) -> T
 
 def _dealt(
     name: str,
-    old: Weight,
+    before: Entries,
+    like: Any,
     mine: Weight | None,
     shapes: Known,
     owner: int,
     group: dist.ProcessGroup,
 ) -> Weight:
-    """Return a weight that its owner has drawn, sharded as the old one is."""
+    """Return a weight that its owner has drawn, sharded as `like`; `before` are the old entries."""
     have = {} if mine is None else entries(_of_one(name, mine))
-    before = entries(_of_one(name, old))
-    source, place, like = _global(owner, group), old.base.device, _like(old)
+    place = like.device
     found: Entries = {}
     for path, (dtype, shape) in shapes.items():
-        if not is_drawn(path):
+        if not is_drawn(path) and path in before:
             found[path] = before[path].clone()
         elif is_frozen(path) and len(shape) > 0 and shape[0] > 1:
-            rows = _scattered(name, have.get(path), dtype, shape, place, source, group)
+            rows = _scattered(name, have.get(path), dtype, shape, place, owner, group)
             found[path] = of_rows(rows, shape, like)
         else:
-            found[path] = _broadcast(have.get(path), dtype, shape, place, source, group)
+            found[path] = _broadcast(have.get(path), dtype, shape, place, owner, group)
     return read(from_entries(found)).adapted()[name]
 
 
@@ -209,10 +240,10 @@ def _scattered(
     dtype: torch.dtype,
     shape: torch.Size,
     place: torch.device,
-    source: int,
+    owner: int,
     group: dist.ProcessGroup,
 ) -> Tensor:
-    """Return this process's rows of a tensor that the source has."""
+    """Return this process's rows of a tensor that its owner has."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     count = rows_each(shape[0], size)
     each = torch.empty(count, *shape[1:], dtype=dtype, device=place)
@@ -220,7 +251,7 @@ def _scattered(
     if mine is not None:
         parts = [filled(mine[r * count : (r + 1) * count].to(place), count) for r in range(size)]
     with naming(name):
-        dist.scatter(each.view(-1).view(torch.uint8), parts, source, group)
+        dist.scatter(each.view(-1).view(torch.uint8), parts, _global(owner, group), group)
     return each[: max(0, min(count, shape[0] - rank * count))].clone()
 
 
@@ -229,14 +260,13 @@ def _broadcast(
     dtype: torch.dtype,
     shape: torch.Size,
     place: torch.device,
-    source: int,
+    owner: int,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """Return a tensor that the source has."""
+    """Return a tensor that its owner has."""
     sent = torch.empty(shape, dtype=dtype, device=place) if mine is None else mine.to(place)
     sent = sent.contiguous()
-    if shape.numel():
-        dist.broadcast(sent, source, group)
+    broadcast(sent, owner, "resample", group)
     return sent
 
 

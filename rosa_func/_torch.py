@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass as without_torch_function
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
+from torch.autograd.graph import _engine_run_backward
 from torch.nn.modules.conv import _ConvNd as Convolution
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 __all__ = [
     "FOLLOWS_PARAMETERS_OF_A_SUBCLASS",
     "FORWARD_TABLES",
+    "FSDP_MARK",
     "GROUPED_PRODUCTS",
     "STATE_DICT_HOOKS",
     "TENSOR_TABLES",
@@ -30,6 +32,7 @@ __all__ = [
     "TorchDispatchMode",
     "address",
     "are_transforms_off",
+    "backward",
     "base_of",
     "content_tables",
     "counting_writes",
@@ -66,6 +69,9 @@ __all__ = [
     "without_torch_function",
     "written",
 ]
+
+# What FullyShardedDataParallel and fully_shard set on each module that they are given.
+FSDP_MARK = "_is_fsdp_managed_module"
 
 
 _VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
@@ -335,3 +341,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: b
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out: Tensor = flash(q, k, v, 0.0, is_causal, attn_mask=mask)[0]
     return out
+
+
+def backward(loss: Tensor) -> None:
+    """Do `loss.backward()`, inside of the modes, for what checkpointing computes again."""
+    options: dict[str, Any] = {"allow_unreachable": True, "accumulate_grad": True}
+    _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), **options)

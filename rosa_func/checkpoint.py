@@ -4,23 +4,27 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
-from rosa_func import modules
+from rosa_func import _shards, modules
 from rosa_func.files import container, nested
 from rosa_func.forward import check_fit
 from rosa_func.keys import canonical
 from rosa_func.weight import Weight, layout, read, rounding
 from rosa_func.weight.factoring import Factored, factored
+from rosa_func.weight.gathering import is_sharded
 from rosa_func.weight.low_rank import LowRank, low_rank
 from rosa_func.weight.parts import mapped
 from rosa_func.weight.rounding import aligned
 from rosa_func.weight.sharded import map_whole, whole
 from rosa_func.weight.sparse_part import SparsePart, sparse_parts
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def save(path: str | os.PathLike[str], state: TensorDict, **extra: Any) -> None:
@@ -30,19 +34,29 @@ def save(path: str | os.PathLike[str], state: TensorDict, **extra: Any) -> None:
     killed at any moment leaves the old file or the new one (and perhaps a `.partial` file). A
     tensor that occurs twice is stored once. Needs the package safetensors; no pickle.
 
+    A state that is sharded (`distributed.shard`) is written to a folder, by all processes: each
+    writes its rows to a file of its own, the first also what is not sharded, and, when all have
+    done so, an index with checksums. A process killed at any moment leaves the old index and its
+    files, or the new one. Not through torch.distributed.checkpoint, whose index is a pickle.
+
     Args:
-        path: the file, by custom with the suffix `.safetensors`; an old one is replaced.
+        path: the file, by custom with the suffix `.safetensors`; an old one is replaced. Of a
+            sharded state a folder that all processes see, such as one a step: it is made where it
+            is not there, and a checkpoint in it is replaced.
         state: a state of `init` or `resample`, or a `delta`.
         extra: what else a run needs: tensors, numpy arrays and scalars, numbers, strings, paths,
             `torch.Size` and None, nested in lists, tuples, dicts (of any such keys) and
             TensorDicts. So `optimizer.state_dict()`, a scheduler's, `torch.get_rng_state()` and
             `np.random.get_state()` can be passed as they are. A number or a string of a subclass
-            comes back as a plain one: `torch.__version__`, or a member of an Enum of strings.
+            comes back as a plain one: `torch.__version__`, or a member of an Enum of strings. Of a
+            sharded state those of the first process are written.
 
     Raises:
         TypeError: if the state is not a TensorDict, or extra holds anything else, such as a
             quantised tensor or an array of objects (its path is named). Nothing is written then.
         FileNotFoundError: if the folder is not there.
+        RuntimeError: of a sharded state, if another process failed (its error is quoted), was
+            killed, or did not answer within the timeout of the group.
 
     Example:
         >>> import os, rosa_func, tempfile, torch
@@ -58,26 +72,42 @@ def save(path: str | os.PathLike[str], state: TensorDict, **extra: Any) -> None:
     """
     if not isinstance(state, TensorDictBase):
         raise TypeError(f"a state is a TensorDict, got {type(state).__name__}")
-    container.write(Path(path), {"state": state, **extra})
+    if any(is_sharded(tensor) for tensor in layout.entries(state).values()):
+        _shards.save(Path(path), state, extra)
+    else:
+        container.write(Path(path), {"state": state, **extra})
 
 
-def load(path: str | os.PathLike[str]) -> tuple[TensorDict, dict[str, Any]]:
+def load(
+    path: str | os.PathLike[str], mesh: "DeviceMesh | None" = None
+) -> tuple[TensorDict, dict[str, Any]]:
     """Read what `save` wrote, and check it.
 
     Args:
-        path: the file.
+        path: the file; or the folder of a state that was sharded, on any number of processes.
+        mesh: of such a folder, the processes over which the state is to be sharded, as in
+            `distributed.shard`: each calls this, and reads its own rows, a piece of a weight at a
+            time. None for the whole state, which needs no other process.
 
     Returns:
-        The state, on the CPU, without `requires_grad`, and a dict of the extras as they were.
+        The state, without `requires_grad`, and a dict of the extras as they were; on the CPU, but
+        for shards, which are on the device of the mesh.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is truncated, altered, of a later version, or not one of `save`.
+        FileNotFoundError: if there is no such file, or a folder lacks one.
+        ValueError: if the file is truncated, altered, of a later version, or not one of `save`; or
+            if a mesh is given for a state that was not sharded.
+        RuntimeError: with a mesh, as `save`.
 
     Example:
         See `save`.
     """
-    content = container.read(Path(path))
+    path = Path(path)
+    if path.is_dir():
+        return _shards.load(path, mesh)
+    if mesh is not None and path.is_file():
+        raise ValueError(f"{path} holds a whole state: load it, and use distributed.shard")
+    content = container.read(path)
     return content.pop("state"), content
 
 

@@ -11,8 +11,9 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from rosa_func import cycle, keys, patterns, samplers, sparse
-from rosa_func._exchange import drawn_again, is_alone
+from rosa_func._exchange import described, drawn_again, is_alone
 from rosa_func._supports import Density
+from rosa_func._together import all_told, broadcast, refuse_different
 from rosa_func.checkpoint import digest
 from rosa_func.samplers import Sampler
 from rosa_func.weight import Parts, Weight, read
@@ -156,15 +157,21 @@ def resample(
         sampler: as in `resample`.
         group: None for all processes. Without torch.distributed initialised, or alone in the group,
             this is `resample`. Sharded weights are shared by the ranks of their mesh in any case.
-        donate: as in `resample`, the same in every process. After an exception half-way each has a
-            state that is whole and computes the same; but one may have drawn where another has not.
+        donate: as in `resample`; it may differ between processes. After an exception half-way each
+            has a state that is whole and computes the same; but one may have drawn where another
+            has not.
 
     Returns:
         A new state, as of `resample`.
 
     Raises:
-        As `resample`, in the process whose share it is; the others raise a RuntimeError then, so
-        that none waits for ever. A ValueError if a sharded state is to be donated.
+        ValueError: in every process, before anything is changed, if they differ in the key, in the
+            sampler (by its name), or in the weights of the state (by a hash). If a sharded state is
+            to be donated.
+        RuntimeError: if another process failed (its error is quoted), was killed, or did not answer
+            within the timeout of the group. That is 30 minutes by default, and the longest share
+            has to be drawn within it: `init_process_group(timeout=timedelta(hours=2))`.
+        Else as `resample`, in the process whose share it is.
 
     Example:
         >>> import rosa_func, torch
@@ -216,8 +223,10 @@ def begin(
         The state to go on with, the same in every process.
 
     Raises:
-        As `sparse.begin`, in the first process; the others raise a RuntimeError then, so that none
-        waits for ever. A ValueError if the state is sharded: begin before.
+        ValueError: in every process, before the first has looked at a batch, if they differ in the
+            weights of the state, or of `start`. If the state is sharded: begin before.
+        RuntimeError: as `resample`. The others wait while the first scores.
+        Else as `sparse.begin`, in the first process.
 
     Example:
         >>> import rosa_func, torch
@@ -235,27 +244,24 @@ def begin(
     refuse_sharded(state, "begin")
     if is_alone(group):
         return begun()
+
+    def facts() -> dict[str, str]:
+        return described(state) | ({} if start is None else described(start, "start"))
+
+    refuse_different(facts, "begin", group)
     is_first = dist.get_rank(group) == 0
-    source = 0 if group is None else dist.get_global_rank(group, 0)
     support: dict[str, Tensor] = {}
-    failure: Exception | None = None
-    try:
+
+    def score() -> dict[str, tuple[torch.dtype, torch.Size]]:
         weights = read(begun()).adapted() if is_first else {}
-        support = {name: part.support for name, part in sparse_parts(weights).items()}
-    except Exception as error:  # raised below, once the others know of it
-        failure = error
-    known = {name: (places.dtype, places.shape) for name, places in support.items()}
-    news: list[Any] = [None if failure else known]
-    dist.broadcast_object_list(news, source, group)
-    if news[0] is None:
-        raise failure or RuntimeError(
-            f"the first process could not begin; this is rank {dist.get_rank(group)}"
-        )
+        support.update({name: part.support for name, part in sparse_parts(weights).items()})
+        return {name: (places.dtype, places.shape) for name, places in support.items()}
+
     adapted = read(state).adapted()
-    for name, (dtype, shape) in news[0].items():
+    for name, (dtype, shape) in all_told(score, "begin", group)[0].items():
         if not is_first:
             support[name] = torch.empty(shape, dtype=dtype, device=adapted[name].base.device)
-        dist.broadcast(support[name], source, group)
+        broadcast(support[name], 0, "begin", group)
     return sparse.move(state if start is None else start, support)
 
 
@@ -273,7 +279,7 @@ def check_equal(state: TensorDict, group: dist.ProcessGroup | None = None) -> st
         A SHA-256 of names, dtypes, shapes and bytes, in hexadecimal.
 
     Raises:
-        RuntimeError: in every process, if the hashes differ (with all of them).
+        RuntimeError: in every process, if the hashes differ (with all of them); or as `resample`.
 
     Example:
         >>> import rosa_func, torch
@@ -282,19 +288,21 @@ def check_equal(state: TensorDict, group: dist.ProcessGroup | None = None) -> st
         64
     """
     tensors = entries(state)
-    own = digest({str(path): t for path, t in tensors.items() if not is_sharded(t)})
+
+    def hashed() -> tuple[str, dict[str, tuple[int, str]]]:
+        rows = {str(path): _rows_hash(t) for path, t in tensors.items() if is_sharded(t)}
+        return digest({str(path): t for path, t in tensors.items() if not is_sharded(t)}), rows
+
     if not dist.is_available() or not dist.is_initialized():
-        return own
-    rows = {str(path): _rows_hash(t) for path, t in tensors.items() if is_sharded(t)}
-    told: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(told, (own, rows), group)
-    hashes = [one for one, _ in told]
+        return hashed()[0]
+    told = all_told(hashed, "compare states", group)
+    own, hashes = told[0][0], [one for one, _ in told]
     if len(set(hashes)) > 1:
         raise RuntimeError(f"the processes have different states, by rank: {hashes}")
     found: dict[str, dict[int, str]] = {}
     for _, each in told:
-        for path, (place, hashed) in each.items():
-            if found.setdefault(path, {}).setdefault(place, hashed) != hashed:
+        for path, (place, one) in each.items():
+            if found.setdefault(path, {}).setdefault(place, one) != one:
                 raise RuntimeError(f"the processes have different rows of {path}")
     return sha256(repr((own, sorted(found.items()))).encode()).hexdigest() if found else own
 

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from rosa_func import averages, export, optim, samplers
 from rosa_func._exchange import drawn_again
-from rosa_func._torch import is_eager, is_exporting, move, own_buffers, own_modules, own_parameters
+from rosa_func._torch import (
+    FSDP_MARK,
+    is_eager,
+    is_exporting,
+    move,
+    own_buffers,
+    own_modules,
+    own_parameters,
+)
 from rosa_func.drawing import check_draw
 from rosa_func.forward import call, called, check_fit
 from rosa_func.modules import skeleton
@@ -62,7 +70,8 @@ class RosaModule(nn.Module):
     and no config.json: `save_pretrained(folder)` writes what `from_pretrained` loads.
 
     Under DDP each process makes the module of the same state: DDP sends the parameters of the first
-    to the others, but not the frozen part (see `distributed.check_equal`).
+    to the others, but not the frozen part (see `distributed.check_equal`). FSDP is refused, by a
+    TypeError: see `distributed.shard`.
 
     Args:
         model: the model, or its `skeleton`.
@@ -226,6 +235,12 @@ class RosaModule(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set what the model has in the skeleton, which each call copies."""
+        if name == FSDP_MARK:
+            raise TypeError(
+                "FSDP would shard what trains in a RosaModule, and leave all that is frozen whole "
+                "on each rank. Shard the state instead, rosa_func.distributed.shard(state, mesh), "
+                "make another RosaModule of it, and wrap that in DistributedDataParallel"
+            )
         model = self.__dict__.get("skeleton")
         is_own = model is None or name in self.__dict__ or hasattr(type(self), name)
         if is_own or not hasattr(model, name):

@@ -1,9 +1,7 @@
 """What training will need of memory, and a resample of time, before either is begun."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
-from time import thread_time
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +10,8 @@ from torch import Tensor, nn
 
 from rosa_func import keys, modules, samplers, targeting
 from rosa_func._alive import Alive, Attention
+from rosa_func._timing import resample_seconds
+from rosa_func._torch import backward
 from rosa_func.drawing import check_draw
 from rosa_func.extras import needs
 from rosa_func.forward import call
@@ -21,40 +21,42 @@ from rosa_func.starting import assembled, in_full
 from rosa_func.storage import Master, Storage
 from rosa_func.targeting import Targets
 from rosa_func.trainable import parameters
-from rosa_func.weight import Weight
+from rosa_func.weight import Weight, read
 from rosa_func.weight.keeping import Place
-from rosa_func.weight.layout import entries, is_compensation, trains
+from rosa_func.weight.layout import entries, trains
 from rosa_func.weight.low_rank import LowRank
-from rosa_func.weight.parallel import HOST, map_weights
 from rosa_func.weight.rounding import factor_dtype
 
 Loss = Callable[[nn.Module, TensorDict], Tensor]
-
-_TIMED = 512  # the side of the largest weight that is drawn to see how long it takes
 
 
 class MemoryPlan(NamedTuple):
     """Bytes by what they are for, see `plan`; `str()` makes a table of them.
 
     Attributes:
-        frozen: residuals, and the tensors that do not train.
-        compensation: what rounding took, where it is kept.
+        frozen: residuals, and the tensors that do not train; of several ranks, the share of one.
+        compensation: what rounding took, where it is kept, shared as `frozen` is.
+        gathered: two frozen weights, whole: the one in use and the next. 0 of one rank.
         trainable: factors, and what trains in full.
         gradients: of what trains.
         moments: what the optimizer holds.
         activations: the rest of what is held at the peak of a step; 0 without a step.
         peak: the most that is held at once.
+        traffic: what a rank receives in a step: frozen weights, gathered in forward and again in
+            backward, and gradients, averaged by a ring.
         resample: seconds of a resample on this machine with all its threads, by draws of smaller
-            weights, each on one thread.
+            weights, each on one thread; divided among the ranks.
     """
 
     frozen: int
     compensation: int
+    gathered: int
     trainable: int
     gradients: int
     moments: int
     activations: int
     peak: int
+    traffic: int
     resample: float
 
     def __str__(self) -> str:
@@ -83,6 +85,7 @@ def plan(
     compensation: Place = None,
     quantize: str | None = None,
     master: Master = None,
+    ranks: int = 1,
 ) -> MemoryPlan:
     """Return what a state and a training step need of memory, without any of it being taken.
 
@@ -109,12 +112,14 @@ def plan(
         compensation: see `init`; it is counted wherever it is kept.
         quantize: see `init`.
         master: see `init`; it is counted as compensation, wherever it is kept.
+        ranks: among how many devices the frozen matrices and the compensation are sharded, each
+            with a batch of its own. Vectors, and what trains, are whole on each.
 
     Returns:
-        Bytes by kind.
+        Bytes by kind, of one rank.
 
     Raises:
-        ValueError: as `init`; if both `batch` and `loss` are given.
+        ValueError: as `init`; if both `batch` and `loss` are given, or `ranks` is not positive.
         TypeError: as `init`; if `model` is neither.
 
     Example:
@@ -129,23 +134,61 @@ def plan(
     if batch is not None and loss is not None:
         raise ValueError("batch and loss are two ways to say what a step computes: pass one")
     check_draw(0, sampler)
+    if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
+        raise ValueError(f"ranks is a positive int, got {ranks!r}")
     storage = Storage(exact, compensation, quantize, master).check()
     described = _on_meta(model, dtype)
     chosen = targeting.plan(described, r, targets, train, exclude)
     state = _described(described, chosen, sampler, storage)
-    sizes = {path: tensor.nbytes for path, tensor in entries(state).items()}
-    trained = sum(size for path, size in sizes.items() if trains(path))
-    kept = sum(size for path, size in sizes.items() if is_compensation(path))
-    frozen = sum(sizes.values()) - trained - kept
+    whole, own = _held(state, 1), _held(state, ranks)
+    trained = sum(tensor.nbytes for path, tensor in entries(state).items() if trains(path))
     if batch is not None:
         loss = partial(_language_loss, batch)
-    seconds = _resample_seconds(described, chosen, sampler)
-    held = frozen + kept + trained
-    if loss is None:
-        return MemoryPlan(frozen, kept, trained, 0, 0, 0, held, seconds)
-    peak, moments = _stepped(described, state, loss, optimizer)
-    rest = peak - held - trained - moments
-    return MemoryPlan(frozen, kept, trained, trained, moments, rest, peak, seconds)
+    peak, gradients, moments = whole.all + trained, 0, 0
+    if loss is not None:
+        gradients = trained
+        peak, moments = _stepped(described, state, loss, optimizer)
+    rest = peak - whole.all - trained - gradients - moments
+    gathered = 2 * max(own.matrices, default=0) if ranks > 1 else 0
+    received = 2 * (sum(own.matrices) + trained)  # by rings: all but the rank's own share
+    return MemoryPlan(
+        frozen=own.frozen,
+        compensation=own.lost,
+        gathered=gathered,
+        trainable=trained,
+        gradients=gradients,
+        moments=moments,
+        activations=rest,
+        peak=own.all + gathered + trained + gradients + moments + rest,
+        traffic=received * (ranks - 1) // ranks,
+        resample=resample_seconds(described, chosen, sampler) / ranks,
+    )
+
+
+class _Held(NamedTuple):
+    """Bytes of what does not train on one rank, and of each matrix of it on all of them."""
+
+    frozen: int
+    lost: int
+    matrices: list[int]
+
+    @property
+    def all(self) -> int:
+        return self.frozen + self.lost
+
+
+def _held(state: TensorDict, ranks: int) -> _Held:
+    """Return what a rank holds where each matrix, and what rounding took of it, is sharded."""
+    matrices, lost = [], []
+    for value in read(state).frozen.values():
+        base: Any = value.base if isinstance(value, Weight) else (value,)
+        if len(value.shape) > 1:
+            matrices.append(sum(tensor.nbytes for tensor in base))
+        if isinstance(value, Weight) and value.lost is not None:
+            lost.append(value.lost.nbytes)
+    fixed = sum(tensor.nbytes for path, tensor in entries(state).items() if not trains(path))
+    shares = [sum(-(-size // ranks) for size in sizes) for sizes in (matrices, lost)]
+    return _Held(fixed - sum(matrices) - sum(lost) + shares[0], shares[1], matrices)
 
 
 def _stepped(
@@ -160,7 +203,7 @@ def _stepped(
     with Attention(), Alive(entries(state).values()) as alive:
         for _ in range(2):  # in the first there are no moments yet
             trained.zero_grad()
-            loss(model, state).backward()  # type: ignore[no-untyped-call]
+            backward(loss(model, state))
             trained.step()
     slots = [value for slots in trained.state.values() for value in slots.values()]
     return alive.peak, sum(value.nbytes for value in slots if isinstance(value, Tensor))
@@ -234,36 +277,3 @@ def _takes_something(sampler: Sampler) -> bool:
     """Return whether a sampler's product is not zero, so that R is not W."""
     A, B = sampler(torch.eye(2), 1, Site("weight", 1, keys.generator(0, "plan", "")))
     return bool(A.any() and B.any())
-
-
-def _resample_seconds(model: nn.Module, plan: targeting.Plan, sampler: Sampler) -> float:
-    """Return the time of a draw of all weights, by that of one of each shape, made smaller.
-
-    That of a decomposition grows with the third power of the size.
-    """
-    shapes = {name: tensor.shape for name, tensor in modules.tensors(model).items()}
-    each = Counter((shapes[name], target) for name, target in plan.adapted.items())
-    seconds = 0.0
-    for (shape, (r, input_dim)), count in each.items():
-        lead, m, n = shape[:-2], *shape[-2:]
-        if input_dim >= 0:
-            lead, m, n = shape[:0], shape[0], shape[1:].numel()
-        scale = min(1.0, _TIMED / min(m, n))
-        rows, columns = max(1, round(m * scale)), max(1, round(n * scale))
-        seconds += _draw_seconds(rows, columns, min(r, rows, columns), input_dim % 2, sampler) * (
-            count * lead.numel() / scale**3
-        )
-    return seconds / torch.get_num_threads()
-
-
-def _draw_seconds(m: int, n: int, r: int, input_dim: int, sampler: Sampler) -> float:
-    """Return the processor time of one draw on one thread."""
-    W = torch.randn(m, n, generator=keys.generator(0, "plan", ""))
-
-    def timed(_: int) -> float:
-        site = Site("weight", input_dim, keys.generator(0, "plan", ""))
-        start = thread_time()
-        sampler(W, r, site)
-        return thread_time() - start
-
-    return min(seconds for _ in range(3) for seconds in map_weights(timed, {0: HOST}))

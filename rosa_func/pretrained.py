@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from tensordict import TensorDict
@@ -23,6 +23,10 @@ from rosa_func.starting import split_all
 from rosa_func.storage import Master, Storage
 from rosa_func.targeting import Targets
 from rosa_func.weight.keeping import Place
+from rosa_func.weight.sharded import spread_over
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def init_from(
@@ -41,6 +45,7 @@ def init_from(
     progress: Progress = False,
     quantize: str | None = None,
     master: Master = None,
+    mesh: "DeviceMesh | None" = None,
     **others: NoReturn,
 ) -> tuple[nn.Module, TensorDict]:
     """Do what `init` does, reading the weights of a transformers checkpoint one by one.
@@ -66,11 +71,14 @@ def init_from(
         exclude: see `init`.
         exact: see `init`.
         dtype: of the floating-point weights; None for that of the files.
-        device: where each weight is taken to, and decomposed; None for the CPU.
+        device: where each weight is taken to, and decomposed; None for the CPU, or the mesh's.
         compensation: see `init`.
         progress: as in `init`.
         quantize: see `init`.
         master: see `init`.
+        mesh: of processes that all call this, to have the state as `distributed.shard` returns it.
+            Each reads and splits its share of the weights, one at a time, and deals out the rows:
+            none ever has more than its rows and a whole weight. The bits are the same.
         others: none, as in `init`.
 
     Returns:
@@ -83,9 +91,11 @@ def init_from(
         KeyError: if the files lack a tensor of the model (named), such as those of a new head.
         ValueError: if a shape differs from that of the config, if the tensors of experts do not go
             together, if the files hold two values of one tied weight, on the meta device, or
-            as `init`.
+            as `init`. With a mesh, for a device, a progress, or a place apart from the weights for
+            what storing takes.
         TypeError: as `init`.
-        RuntimeError, AssertionError: of torch, if there is no such device.
+        RuntimeError, AssertionError: of torch, if there is no such device; with a mesh, as
+            `distributed.resample`.
 
     Example:
         >>> import rosa_func, tempfile, torch, transformers
@@ -103,12 +113,15 @@ def init_from(
     if dtype is not None and dtype not in _DTYPES.values():
         known = ", ".join(str(known) for known in _DTYPES.values())
         raise TypeError(f"dtype is None or one of {known}, got {dtype!r}")
-    place = torch.empty(0, device=device or "cpu").device  # an error, if there is none
-    if place.type == "meta":
+    apart = [place for place in (compensation, master) if place and place is not True]
+    if mesh is not None and (progress or apart or device is not None):
         raise ValueError(
-            "init_from reads weights, and the meta device holds none: rosa_func.plan(config, r) "
-            "says what they would take"
+            "with a mesh all of a weight is on the mesh's device, what storing takes beside its "
+            f"rows, and there is no progress: leave out compensation={compensation!r}, "
+            f"master={master!r}, device={device!r} or progress={progress!r}"
         )
+    like = None if mesh is None else spread_over(mesh)
+    place = like.device if like is not None else _device(device)
     folder = hub.folder(path, _PATTERNS, _files_in)
     with ExitStack() as stack:
         files = _Files(folder, stack)
@@ -146,7 +159,19 @@ def init_from(
             sampler=sampler,
             storage=storage,
             progress=progress,
+            like=like,
         )
+
+
+def _device(given: torch.device | str | None) -> torch.device:
+    """Return the device, or raise the error of torch if there is none."""
+    place = torch.empty(0, device=given or "cpu").device
+    if place.type == "meta":
+        raise ValueError(
+            "init_from reads weights, and the meta device holds none: rosa_func.plan(config, r) "
+            "says what they would take"
+        )
+    return place
 
 
 class _Files:

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
 from rosa_func import keys, modules, peft_names, samplers, targeting
+from rosa_func._exchange import made_in_turns
 from rosa_func.drawing import Draw, Progress, check_draw, draw, draw_all, refuse_non_finite
 from rosa_func.patterns import Rank
 from rosa_func.samplers import Sampler
@@ -19,6 +20,7 @@ from rosa_func.weight import Parts, Weight, write
 from rosa_func.weight.donating import Take, emptying
 from rosa_func.weight.keeping import Place
 from rosa_func.weight.rounding import factor_dtype
+from rosa_func.weight.sharded import shared
 from rosa_func.weight.sharing import shared_model
 from rosa_func.weight.spent import refuse_spent
 
@@ -176,11 +178,13 @@ def split_all(
     storage: Storage,
     take: Take | None = None,
     progress: Progress = False,
+    like: Any = None,
 ) -> TensorDict:
     """Do what `init` does by a plan, with the tensors of the model as `load` gives them by name.
 
     `device_of` says where an adapted one will be. `take` puts a new weight into the memory of the
-    old one, and there is no other that needs it.
+    old one, and there is no other that needs it. Where there is a DTensor that the frozen weights
+    are to be `like`, they are sharded at once.
     """
     if take is not None:  # before anything is written
         refuse_non_finite([], {name: load(name) for name in [*plan.adapted, *plan.full]})
@@ -195,8 +199,19 @@ def split_all(
         return new if take is None else take(W, new)
 
     full, dtypes = in_full(plan, load, copy=take is None)
-    devices = {name: device_of(name) for name in plan.adapted}
-    return assembled(plan, load, draw_all(drawn, devices, full, progress), full, dtypes)
+    if like is None:
+        devices = {name: device_of(name) for name in plan.adapted}
+        return assembled(plan, load, draw_all(drawn, devices, full, progress), full, dtypes)
+    refuse_non_finite([], full)
+    split = made_in_turns(drawn, plan.adapted, like)
+    return assembled(plan, lambda name: _own_rows(load(name), like), split, full, dtypes)
+
+
+def _own_rows(tensor: Tensor, like: Any) -> Tensor:
+    """Return the rows of this process of what `distributed.shard` shards, and the rest whole."""
+    is_matrix = tensor.ndim > 1 and len(tensor) > 1 and tensor.is_floating_point()
+    found: Tensor = shared(tensor, like) if is_matrix else tensor
+    return found
 
 
 def in_full(

@@ -71,7 +71,9 @@ def failing(rank: int, donate: bool = False) -> tuple[str, float]:
 
     Return what is raised, and how far the weights of the state are moved.
     """
-    state = rosa_func.init(torch.nn.Sequential(*[torch.nn.Linear(6, 6) for _ in range(4)]), 2)
+    state = rosa_func.init(
+        seeded(lambda: torch.nn.Sequential(*[torch.nn.Linear(6, 6) for _ in range(4)])), 2
+    )
     before = rosa_func.merge(state)
 
     def sampler(W: Tensor, r: int, site: Site) -> tuple[Tensor, Tensor]:
@@ -90,7 +92,7 @@ def failing(rank: int, donate: bool = False) -> tuple[str, float]:
 
 def shared_in_one(rank: int) -> str:
     """Donate a state of which one process has a copy; return what is raised."""
-    state = rosa_func.init(torch.nn.Sequential(torch.nn.Linear(6, 6)), 2)
+    state = rosa_func.init(seeded(lambda: torch.nn.Sequential(torch.nn.Linear(6, 6))), 2)
     copies = [state.copy()] if rank == 0 else []
     try:
         distributed.resample(state, 1, donate=True)
@@ -101,7 +103,9 @@ def shared_in_one(rank: int) -> str:
 
 def not_finite() -> str:
     """Resample a state that trains a bias to infinity; return what is raised."""
-    state = rosa_func.init(torch.nn.Sequential(torch.nn.Linear(6, 6)), 2, train="0.bias")
+    state = rosa_func.init(
+        seeded(lambda: torch.nn.Sequential(torch.nn.Linear(6, 6))), 2, train="0.bias"
+    )
     state["trainable", "0.bias"][0] = torch.inf
     try:
         distributed.resample(state, 1)
@@ -114,7 +118,7 @@ def sent() -> list[str]:
     """Return the dtypes that a resample sends, of a state whose compensation is in float64."""
     kinds = []
     broadcast = dist.broadcast
-    model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 6))
+    model = seeded(lambda: torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)))
     state = rosa_func.init(model.bfloat16(), 2, exact=True)
 
     def noting(tensor: Tensor, *args: object) -> object:

@@ -78,7 +78,8 @@ class TestTwoProcesses:
     @pytest.mark.parametrize("how", ["failing", "failing, donated"])
     def test_a_failed_draw_in_one_process_is_raised_in_both(self, processes: Any, how: str):
         said, moved = processes[0][how]
-        assert said == "RuntimeError: another process could not resample; this is rank 0"
+        assert said.startswith("RuntimeError: rank 1 could not resample (ValueError: no draw of ")
+        assert said.endswith("; this is rank 0")
         assert moved < 1e-6  # the state can be used, though half of it is drawn again
         said, moved = processes[1][how]
         assert said.startswith("ValueError: no draw of ")
@@ -86,8 +87,8 @@ class TestTwoProcesses:
 
     def test_a_state_that_one_process_shares_is_donated_by_none(self, processes: Any):
         assert processes[0]["shared in one"].startswith("ValueError: 0.weight is in another state")
-        assert processes[1]["shared in one"] == (
-            "RuntimeError: another process could not resample; this is rank 1"
+        assert processes[1]["shared in one"].startswith(
+            "RuntimeError: rank 0 could not resample (ValueError: 0.weight is in another state"
         )
 
     def test_a_tensor_in_full_that_is_not_finite_is_refused_as_by_resample(self, processes: Any):
@@ -107,8 +108,8 @@ class TestTwoProcesses:
             assert begun["looked_at"] == ([] if rank else [0, 0])
             assert begun["dtypes"] == ["torch.int32"]
         assert processes[0]["begun"]["failure"].startswith("ValueError: batches is empty")
-        assert processes[1]["begun"]["failure"] == (
-            "RuntimeError: the first process could not begin; this is rank 1"
+        assert processes[1]["begun"]["failure"].startswith(
+            "RuntimeError: rank 0 could not begin (ValueError: batches is empty"
         )
 
     def test_check_equal_notices_different_states(self, processes: Any):

@@ -13,7 +13,7 @@ from transformers import GPT2Config, LlamaConfig
 import rosa_func
 from cases import DTYPES
 from models import token_ids
-from rosa_func import planning, samplers
+from rosa_func import _timing, samplers
 from rosa_func._alive import Alive
 from rosa_func.weight.layout import entries
 
@@ -106,6 +106,14 @@ class TestStep:
         held = 3 * d * rows + 2 * r * rows  # x, y, z; x A, y A
         assert held <= plan.activations <= held + 2 * d * rows + 2 * r * rows
 
+    def test_layers_that_are_computed_again_are_not_held(self):
+        """Attention was computed otherwise when it was computed again: a CheckpointError."""
+        model, held = gpt2(), rosa_func.plan(gpt2(), 2, batch=(3, 12)).activations
+        named = hasattr(model, "activation_checkpointing_enable")
+        switch = f"{'activation' if named else 'gradient'}_checkpointing_enable"
+        getattr(model, switch)({"use_reentrant": False, "context_fn": rosa_func.recompute})
+        assert rosa_func.plan(model, 2, batch=(3, 12)).activations < 0.8 * held
+
     def test_moments_are_those_of_the_optimizer(self):
         plan = rosa_func.plan(gpt2(), 2, batch=(1, 4))
         steps = 4 * 2 * 2 * 4  # a float32 count for A and B of 4 weights in 2 layers
@@ -117,11 +125,50 @@ class TestResampling:
     def test_its_time_grows_with_the_third_power(self, monkeypatch: pytest.MonkeyPatch):
         """A clock that ticks once a look: each draw takes a second."""
         clock = itertools.count()
-        monkeypatch.setattr(planning, "thread_time", lambda: next(clock))
-        monkeypatch.setattr(planning, "_TIMED", 8)
+        monkeypatch.setattr(_timing, "thread_time", lambda: next(clock))
+        monkeypatch.setattr(_timing, "_TIMED", 8)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
         model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(4, 4))
         assert rosa_func.plan(model, 2).resample == (8 + 8 + 1) / 2
+        assert rosa_func.plan(model, 2, ranks=4).resample == (8 + 8 + 1) / 2 / 4
+
+
+class TestRanks:
+    @pytest.mark.parametrize("ranks", [1, 2, 4])
+    def test_a_rank_holds_its_share_and_two_weights_gathered(self, ranks: int):
+        """By hand: 64 x 32, 128 x 64 and 7 x 128 in 16 bits, and their biases."""
+        model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 128), nn.Linear(128, 7)).bfloat16()
+
+        def loss(model: nn.Module, state: TensorDict) -> Tensor:
+            x = torch.ones(3, 32, device="meta", dtype=torch.bfloat16)
+            return rosa_func.call(model, state, x).sum()
+
+        whole = rosa_func.plan(model, 4, loss=loss)
+        plan = rosa_func.plan(model, 4, loss=loss, ranks=ranks)
+        matrices = [2 * 64 * 32, 2 * 128 * 64, 2 * 7 * 128]
+        vectors = 2 * (64 + 128 + 7) + 3 * 8  # input_dim: one int64 a weight
+        assert plan.frozen == sum(matrices) // ranks + vectors
+        assert plan.compensation == sum(matrices) // 2 // ranks  # the next eight bits
+        assert plan.gathered == (0 if ranks == 1 else 2 * max(matrices))
+        alike = ("trainable", "gradients", "moments", "activations")
+        assert [getattr(plan, what) for what in alike] == [getattr(whole, what) for what in alike]
+        assert plan.peak == sum(plan[: plan._fields.index("peak")])
+        received = 2 * sum(matrices) + 2 * plan.gradients
+        assert plan.traffic == received * (ranks - 1) // ranks
+
+    def test_codes_and_scales_are_what_is_sharded_and_gathered(self):
+        whole = rosa_func.plan(gpt2(), 2, quantize="nf4", master=True, targets="c_fc")
+        plan = rosa_func.plan(gpt2(), 2, quantize="nf4", master=True, targets="c_fc", ranks=2)
+        assert plan.compensation == whole.compensation / 2
+        in_full = 4 * 128 * 32  # of c_proj, the largest matrix, which is not quantised
+        assert plan.gathered == 2 * in_full
+        codes = rosa_func.plan(nn.Linear(64, 64), 2, quantize="nf4", ranks=2)
+        assert codes.gathered == 2 * (64 * 64 // 2 + 64 * 64 // 64 * 4)
+
+    @pytest.mark.parametrize("ranks", [0, -1, 1.0, True, "2"])
+    def test_ranks_that_are_none(self, ranks: Any):
+        with pytest.raises(ValueError, match="ranks is a positive int, got"):
+            rosa_func.plan(gpt2(), 2, ranks=ranks)
 
 
 class TestRefusals:

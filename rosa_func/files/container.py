@@ -1,6 +1,8 @@
 """One safetensors file, written whole or not at all, and read with a checksum."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +22,29 @@ def write(path: Path, content: dict[str, Any]) -> None:
         TypeError: if something cannot be written (its path is named).
         FileNotFoundError: if the folder is not there.
     """
+    structure, tensors = nested.flatten(content)
+    metadata = {"rosa_func": str(_VERSION), "content": structure}
+    metadata["sha256"] = nested.digest(metadata, tensors)
+    put(path, tensors, metadata)
+
+
+def put(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors; the file is replaced whole."""
     with needs("checkpoint"):
         from safetensors.torch import save_file
 
-    structure, tensors = nested.flatten(content)
-    tensors = _apart(tensors)
-    metadata = {"rosa_func": str(_VERSION), "content": structure}
-    metadata["sha256"] = nested.digest(metadata, tensors)
+    with replacing(path) as partial:
+        save_file(_apart(tensors), partial, metadata)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a place for what is to replace a file: by a rename, after a sync to the disk."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, partial, metadata)
+        yield partial
         _sync(partial)
         partial.replace(path)
         _sync(path.parent)

@@ -6,6 +6,7 @@ cut where DTensor cuts it, and quantised ones are made dense of whole codes.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -121,6 +122,14 @@ def shared(whole: Tensor, like: Any) -> Any:
     count = rows_each(len(whole), dist.get_world_size(group))
     rank = dist.get_rank(group)
     return of_rows(whole[rank * count : (rank + 1) * count].clone(), whole.shape, like)
+
+
+def spread_over(mesh: Any) -> Any:
+    """Return a DTensor whose rows are spread over the last dimension of a mesh."""
+    tensors = import_module("torch.distributed.tensor")  # it takes a while, and few need it
+    placements = [*[tensors.Replicate()] * (mesh.ndim - 1), tensors.Shard(0)]
+    none = torch.empty(0, device=mesh.device_type)
+    return tensors.DTensor.from_local(none, mesh, placements, run_check=False)
 
 
 def of_rows(rows: Tensor, shape: torch.Size, like: Any) -> Any:
