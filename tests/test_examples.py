@@ -457,6 +457,29 @@ def test_the_benchmark_of_16_bits_times_each_dtype(run_example: RunExample):
     assert {(how, of) for how in ("random", "projection") for of in dtypes} <= printed
 
 
+def test_the_benchmark_of_a_gpu_goes_on_after_a_part_that_failed(
+    run_example: RunExample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(import_example("benchmark.cuda"), "resampling", fail)
+    parts = ["gpt2-small,float32,resample", "gpt2-small,bfloat16,eager"]
+    options = ["--device", "cpu", "--short", "--rounds", 1, "--out", tmp_path]
+    done = run_example("benchmark.cuda", *options, "--parts", *parts)
+    assert done.code
+    first, failed, last = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert first["batch"] == "2x32"
+    assert failed["error"] == "RuntimeError: out of memory"
+    assert set(last["figures"]) == {"memory", "step", "forward+backward"}
+    assert set(last["figures"]["step"]) == {"full", "peft", "rosa", "frozen"}
+    table = (tmp_path / "table.md").read_text()
+    assert "resample failed: RuntimeError: out of memory" in table
+    assert table.count("not judged") == 4
+    done = run_example("benchmark.cuda", *options, "--limit", 1e-9)
+    assert not done.code and "left out, since --limit was over: gpt2-small" in done.out
+
+
 @pytest.mark.parametrize("heard", [1, 2], ids=["while it starts processes", "when they run"])
 def test_ddp_ends_all_its_processes_in_one_line_when_interrupted(base_cache: Path, heard: int):
     """Ctrl-C, which goes to the whole group of processes, was lost while they were started."""
