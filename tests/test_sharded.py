@@ -270,10 +270,10 @@ class TestOneProcess:
                 assert before == [slot.data_ptr() for slot in all_buffers()]
 
     def test_what_is_held_is_not_written_over(self, mesh: DeviceMesh):
-        state = distributed.shard(whole_state(), mesh)
-        weights = {n: w for n, w in read(state).adapted().items()}
+        state = whole_state()
+        weights = read(distributed.shard(state, mesh)).adapted()
         held = {name: w.base.dense() for name, w in weights.items()}
-        for name, w in weights.items():
+        for name, w in read(state).adapted().items():
             assert torch.equal(held[name], w.base.dense())
 
     def test_moments_are_carried_over_a_resample(self, mesh: DeviceMesh):
