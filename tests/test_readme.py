@@ -16,7 +16,10 @@ RUNS_ON = [
     "transforms",
     "robust",
     "quantised",
+    "sharding",
 ]  # from where the README ends
+# As torchrun says it to a process that is alone.
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 
 
 def blocks(page: Path) -> list[str]:
@@ -62,6 +65,8 @@ def test_the_python_blocks_of_the_guide_run_with_what_the_readme_defines(
 ):
     """Some had names that no page defined, such as `pretrained` and `folder`."""
     monkeypatch.chdir(folder)
+    for name, value in ALONE.items():
+        monkeypatch.setenv(name, value)
     own = dict(names)
     found = blocks(GUIDE / f"{page}.md")
     assert found

@@ -53,7 +53,7 @@ class Cost(NamedTuple):
     frozen: int  # bytes
 
 
-FULL, SHORT = Settings(12, 768, 1024, 12), Settings(3, 64, 32, 2)
+FULL, SHORT = Settings(12, 768, 512, 6), Settings(3, 64, 32, 2)
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from rosa_func.weight.parts import Base, Term, Weight, fixed, trainable
 from rosa_func.weight.past import Past
 from rosa_func.weight.quantised import QUANTISED
 from rosa_func.weight.rounding import compensation_dtype
-from rosa_func.weight.sharded import Sharded, spread
+from rosa_func.weight.sharded import Sharded, refuse_gathers, spread
 from rosa_func.weight.sparse_part import SparsePart
 from rosa_func.weight.spent import refuse_spent
 
@@ -62,7 +62,7 @@ class Parts(NamedTuple):
             for name, t in self.frozen.items()
             if isinstance(t, Tensor) and is_sharded(t)
         }
-        return self.adapted() | sharded
+        return {**self.adapted(), **sharded}  # `|` is unknown to old compilers
 
     def with_adapted(self, weights: Mapping[str, Weight]) -> "Parts":
         """Return what there is with other weights in the place of those of these names."""
@@ -238,6 +238,10 @@ def past_paths(state: TensorDict) -> list[Path]:
 
 def _base(name: str, stored: Any) -> Base:
     base = _stored_base(name, stored)
+    if is_old_dynamo():  # which follows no fields of a NamedTuple
+        if is_sharded(stored):
+            refuse_gathers(name)
+        return base
     return Sharded(base, name) if spread(base) else base
 
 
