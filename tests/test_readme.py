@@ -16,6 +16,7 @@ RUNS_ON = [
     "transforms",
     "robust",
     "quantised",
+    "plan",
 ]  # from where the README ends
 
 

@@ -23,7 +23,7 @@ import sharded_worker
 from models import randn, seeded, tiny_gpt2, token_ids, two_layers
 from modules import ExpertsInOneProduct
 from references import relative_distance, state_bytes
-from rosa_func import checkpoint, distributed, export, optim
+from rosa_func import distributed, export, optim
 from rosa_func.module import RosaModule
 from rosa_func.weight import gathering, read
 from sharded_worker import KINDS, loss_of, trained, whole_state

@@ -12,6 +12,7 @@ import torch
 
 import rosa_func
 import sharded_files_worker
+from models import seeded, tiny_gpt2
 from rosa_func import checkpoint
 from rosa_func.weight.layout import entries, is_frozen
 from sharded_files_worker import READ, STATES, dense
@@ -82,6 +83,17 @@ class TestAProcessIsKilledInASave:
     def test_the_other_is_told(self, folder: Path, victim: int):
         found = of_rank(folder, f"killed by {victim}", 1 - victim)
         assert f"could not save on rank {1 - victim}: another process is gone" in found["said"]
+
+
+def test_a_process_holds_what_the_plan_of_a_rank_says(folder: Path):
+    model = seeded(tiny_gpt2)
+    plans = {
+        "dense": rosa_func.plan(model, 2, dtype=torch.bfloat16, train="ln_f", ranks=2),
+        "quantised": rosa_func.plan(model, 2, quantize="nf4_double", master=True, ranks=2),
+    }
+    for name, plan in plans.items():
+        held = of_rank(folder, "loaded", 0)[name]["held"]
+        assert held == plan.frozen + plan.compensation
 
 
 class TestReadIntoShards:
