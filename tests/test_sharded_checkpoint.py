@@ -136,7 +136,7 @@ class TestRefusals:
             checkpoint.load(tmp_path)
 
     def test_a_folder_in_which_no_save_came_to_its_end(self, tmp_path: Path):
-        with pytest.raises(FileNotFoundError, match="no save into this folder came to its end"):
+        with pytest.raises(FileNotFoundError, match="no save into this folder has ended"):
             checkpoint.load(tmp_path)
 
     @pytest.mark.parametrize("text", ["", "[]", "{}", '{"content": 3, "sha256": ""}'])
