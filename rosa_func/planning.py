@@ -22,6 +22,7 @@ from rosa_func.storage import Master, Storage
 from rosa_func.targeting import Targets
 from rosa_func.trainable import parameters
 from rosa_func.weight import Weight, read
+from rosa_func.weight.gathering import rows_each
 from rosa_func.weight.keeping import Place
 from rosa_func.weight.layout import entries, trains
 from rosa_func.weight.low_rank import LowRank
@@ -43,7 +44,8 @@ class MemoryPlan(NamedTuple):
         activations: the rest of what is held at the peak of a step; 0 without a step.
         peak: the most that is held at once.
         traffic: what a rank receives in a step: frozen weights, gathered in forward and again in
-            backward, and gradients, averaged by a ring.
+            backward, and gradients, averaged by a ring. Layers that are computed again are gathered
+            a third time, which is not counted.
         resample: seconds of a resample on this machine with all its threads, by draws of smaller
             weights, each on one thread; divided among the ranks.
     """
@@ -178,17 +180,24 @@ class _Held(NamedTuple):
 
 
 def _held(state: TensorDict, ranks: int) -> _Held:
-    """Return what a rank holds where each matrix, and what rounding took of it, is sharded."""
-    matrices, lost = [], []
+    """Return what a rank holds where frozen matrices and the compensation are sharded."""
+    frozen = sum(t.nbytes for path, t in entries(state).items() if not trains(path))
+    matrices, lost = [], 0
     for value in read(state).frozen.values():
-        base: Any = value.base if isinstance(value, Weight) else (value,)
-        if len(value.shape) > 1:
-            matrices.append(sum(tensor.nbytes for tensor in base))
+        stored: Any = value.base if isinstance(value, Weight) else (value,)
+        if isinstance(value, Weight) or (value.ndim > 1 and value.is_floating_point()):
+            matrices.append(sum(tensor.nbytes for tensor in stored))
+            frozen -= sum(tensor.nbytes - _share(tensor, ranks) for tensor in stored)
         if isinstance(value, Weight) and value.lost is not None:
-            lost.append(value.lost.nbytes)
-    fixed = sum(tensor.nbytes for path, tensor in entries(state).items() if not trains(path))
-    shares = [sum(-(-size // ranks) for size in sizes) for sizes in (matrices, lost)]
-    return _Held(fixed - sum(matrices) - sum(lost) + shares[0], shares[1], matrices)
+            frozen -= value.lost.nbytes
+            lost += _share(value.lost, ranks)
+    return _Held(frozen, lost, matrices)
+
+
+def _share(tensor: Tensor, ranks: int) -> int:
+    """Return the bytes of the first rank's rows; one row alone is whole everywhere."""
+    rows = len(tensor) if tensor.ndim else 1
+    return tensor.nbytes if rows <= 1 else tensor[: rows_each(rows, ranks)].nbytes
 
 
 def _stepped(

@@ -18,7 +18,7 @@ from rosa_func import checkpoint, distributed, samplers, sparse
 from rosa_func.files import container, shards
 from rosa_func.samplers import Site
 from rosa_func.weight.gathering import is_sharded
-from rosa_func.weight.layout import entries
+from rosa_func.weight.layout import entries, trains
 
 
 def dense() -> TensorDict:
@@ -62,6 +62,11 @@ def loaded_by_two(rank: int, folder: Path) -> dict[str, Any]:
             "digest": checkpoint.digest(distributed.gather(state)),
             "rows": sum(tensor.numel() for tensor in local),
             "sharded": len(local),
+            "held": sum(
+                (tensor.to_local() if is_sharded(tensor) else tensor).nbytes
+                for path, tensor in entries(state).items()
+                if not trains(path)
+            ),
         }
         checkpoint.save(folder / f"{name} again", state, step=8)
     return found

@@ -17,6 +17,7 @@ RUNS_ON = [
     "robust",
     "quantised",
     "sharding",
+    "plan",
 ]  # from where the README ends
 # As torchrun says it to a process that is alone.
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}

@@ -12,6 +12,7 @@ import torch
 
 import rosa_func
 import sharded_files_worker
+from models import seeded, tiny_gpt2
 from rosa_func import checkpoint
 from rosa_func.weight.layout import entries, is_frozen
 from sharded_files_worker import READ, STATES, dense
@@ -84,6 +85,17 @@ class TestAProcessIsKilledInASave:
         assert f"could not save on rank {1 - victim}: another process is gone" in found["said"]
 
 
+def test_a_process_holds_what_the_plan_of_a_rank_says(folder: Path):
+    model = seeded(tiny_gpt2)
+    plans = {
+        "dense": rosa_func.plan(model, 2, dtype=torch.bfloat16, train="ln_f", ranks=2),
+        "quantised": rosa_func.plan(model, 2, quantize="nf4_double", master=True, ranks=2),
+    }
+    for name, plan in plans.items():
+        held = of_rank(folder, "loaded", 0)[name]["held"]
+        assert held == plan.frozen + plan.compensation
+
+
 class TestReadIntoShards:
     @pytest.mark.parametrize("name", READ)
     def test_it_is_the_state_of_one_process_bit_for_bit(self, folder: Path, name: str):
@@ -124,7 +136,7 @@ class TestRefusals:
             checkpoint.load(tmp_path)
 
     def test_a_folder_in_which_no_save_came_to_its_end(self, tmp_path: Path):
-        with pytest.raises(FileNotFoundError, match="no save into this folder came to its end"):
+        with pytest.raises(FileNotFoundError, match="no save into this folder has ended"):
             checkpoint.load(tmp_path)
 
     @pytest.mark.parametrize("text", ["", "[]", "{}", '{"content": 3, "sha256": ""}'])

@@ -84,7 +84,7 @@ def read_index(folder: Path) -> Index:
     """
     path = folder / _INDEX
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}: no save into this folder came to its end")
+        raise FileNotFoundError(f"there is no file {path}: no save into this folder has ended")
     try:
         sealed = json.loads(path.read_text())
         content, is_whole = sealed["content"], sealed["sha256"] == _seal(sealed["content"])
