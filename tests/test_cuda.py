@@ -495,7 +495,15 @@ def waiting_is_an_error() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.fixture
+def positions_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let stock models not look, on the host, whether several sequences are packed into one."""
+    name = "transformers.masking_utils.find_packed_sequence_indices"
+    monkeypatch.setattr(name, lambda positions: None)
+
+
 @of_cuda
+@pytest.mark.usefixtures("positions_in_order")
 class TestCudaAlone:
     @over_steps
     @over_dtypes
