@@ -1,9 +1,10 @@
-"""What each process of tests/test_sharded.py does."""
+"""What the processes of tests/test_sharded.py do, forked from one, which starts once."""
 
 import os
 import sys
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 import rosa_func
+from forking import in_a_group
 from models import checkpoint_segments, seeded, tiny_gpt2, token_ids
 from references import relative_distance, state_bytes
 from rosa_func import checkpoint, distributed, samplers, sparse
@@ -208,9 +210,6 @@ def shares(mesh: DeviceMesh, kinds: Iterable[str]) -> dict[str, Any]:
 
 
 def process(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    timeout = timedelta(seconds=60)
-    store = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", store, rank=rank, world_size=size, timeout=timeout)
     mesh = dist.init_device_mesh("cpu", (size,))
     if size == 4:
         results = shares(mesh, ["nf4_double"])
@@ -237,8 +236,13 @@ def process(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return results
 
 
+def saved(size: int, rank: int, folder: Path) -> None:
+    """Do what is to be done in a group of that size, and save the results."""
+    (folder / str(size)).mkdir(exist_ok=True)
+    results = process(rank, size, folder / str(size))
+    torch.save(results, folder / str(size) / f"{rank}.pt")
+
+
 if __name__ == "__main__":
-    rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    results = process(rank, size, folder)
-    torch.save(results, folder / f"{rank}.pt")
-    os._exit(0)  # groups that are broken may wait for their ends
+    for size in (2, 4):
+        in_a_group(partial(saved, size), Path(sys.argv[1]), f"{size} ranks", size, timeout=60.0)
