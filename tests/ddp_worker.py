@@ -1,4 +1,4 @@
-"""What each process of tests/test_distributed.py does, under torchrun."""
+"""What the processes of tests/test_distributed.py do, forked from one, which starts once."""
 
 import sys
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rosa_func
 from cases import Parts
+from forking import in_a_group
 from models import seeded, tiny_gpt2, token_ids
 from modules import ExpertsInOneProduct
 from rosa_func import checkpoint, distributed, samplers, sparse
@@ -208,14 +209,15 @@ def of_both_resamples(state: TensorDict, sampler: samplers.Sampler = samplers.ra
     return [*hashes, distributed.check_equal(donated)]
 
 
-if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    rank, size = dist.get_rank(), dist.get_world_size()
-    results = train(rank, size) | {"failing": failing(rank), "unequal": unequal(rank)}
+def saved(rank: int, folder: Path) -> None:
+    results = train(rank, 2) | {"failing": failing(rank), "unequal": unequal(rank)}
     results |= {"failing, donated": failing(rank, True), "shared in one": shared_in_one(rank)}
     results |= {"not_finite": not_finite(), "sent": sent()}
     results["begun"] = begun(rank)
     results["of_other_parts"] = of_other_parts()
     results["quantised"] = [of_quantised_parts(master) for master in (None, True)]
-    torch.save(results, Path(sys.argv[1]) / f"{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(results, folder / f"{rank}.pt")
+
+
+if __name__ == "__main__":
+    in_a_group(saved, Path(sys.argv[1]), "two")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-DEADLINE = 60.0  # seconds, after which the processes of a group are killed
+DEADLINE = 120.0  # seconds, after which the processes of a group are killed
 
 Work = Callable[[int, Path], object]
 

@@ -470,6 +470,7 @@ class TestPast:
         loaded, _ = checkpoint.load(tmp_path / "run.safetensors")
         assert state_bytes(loaded) == state_bytes(fresh.state.detach())
 
+    @pytest.mark.usefixtures("few_objects")
     def test_a_module_that_is_interrupted_is_as_it_was(self, monkeypatch):
         """Its factors were the new ones, and what they had trained was gone."""
         model, x = two_layers(), randn(3, 6)
