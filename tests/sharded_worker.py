@@ -220,7 +220,9 @@ def process(rank: int, size: int, folder: Path) -> dict[str, Any]:
             state["frozen", "transformer.wte.weight"].to_local().add_(1)
         results["unequal"] = said(lambda: distributed.check_equal(state))
         return results
-    results = shares(mesh, KINDS) | {"checkpointed": checkpointed(mesh)}
+    results = shares(mesh, ["float32", "exact", "nf4_double"]) | {
+        "checkpointed": checkpointed(mesh)
+    }
     results["module"] = in_a_module(rank, size, mesh)
     results["failing"] = failing(rank, mesh)
     results["out of turn at first"] = out_of_turn(rank, mesh, known=False)
