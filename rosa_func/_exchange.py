@@ -9,12 +9,20 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from rosa_func import cycle
-from rosa_func._together import all_told, broadcast, description, refuse_different
+from rosa_func._together import all_told, broadcast, description, global_rank, refuse_different
 from rosa_func.drawing import check_draw, draw_all
 from rosa_func.samplers import Sampler
 from rosa_func.weight import Parts, Weight, read, write
 from rosa_func.weight.donating import APART, Handover
-from rosa_func.weight.gathering import cut, filled, group_of, is_sharded, naming, rows_each
+from rosa_func.weight.gathering import (
+    cut,
+    filled,
+    group_of,
+    has_rows,
+    is_sharded,
+    naming,
+    rows_each,
+)
 from rosa_func.weight.keeping import kept_as
 from rosa_func.weight.layout import (
     Path,
@@ -85,9 +93,10 @@ def _drawn_apart(
     full: dict[str, Tensor] = {}
 
     def draw() -> dict[str, Known]:
-        drawn = cycle.drawn_again(write(Parts(share, parts.full)), key, None, sampler, handover)
-        own.update(read(drawn).adapted())
-        full.update(read(drawn).full)
+        new = cycle.drawn_again(write(Parts(share, parts.full)), key, None, sampler, handover)
+        drawn = read(new)
+        own.update(drawn.adapted())
+        full.update(drawn.full)
         return _known(own)
 
     new: dict[str, Weight] = {}
@@ -203,10 +212,10 @@ def _gathered(name: str, tensor: Any, owner: int, group: dist.ProcessGroup) -> T
     with torch.no_grad(), naming(name):
         rows = filled(tensor.to_local(), rows_each(len(tensor), size))
         if dist.get_rank(group) != owner:
-            dist.gather(rows, None, _global(owner, group), group)
+            dist.gather(rows, None, global_rank(owner, group), group)
             return None
         received = rows.new_empty(size * len(rows))
-        dist.gather(rows, list(received.view(size, -1)), _global(owner, group), group)
+        dist.gather(rows, list(received.view(size, -1)), global_rank(owner, group), group)
         return cut(received, tensor.shape, tensor.dtype)
 
 
@@ -226,7 +235,7 @@ def _dealt(
     for path, (dtype, shape) in shapes.items():
         if not is_drawn(path) and path in before:
             found[path] = before[path].clone()
-        elif is_frozen(path) and len(shape) > 0 and shape[0] > 1:
+        elif is_frozen(path) and has_rows(shape):
             rows = _scattered(name, have.get(path), dtype, shape, place, owner, group)
             found[path] = of_rows(rows, shape, like)
         else:
@@ -251,7 +260,7 @@ def _scattered(
     if mine is not None:
         parts = [filled(mine[r * count : (r + 1) * count].to(place), count) for r in range(size)]
     with naming(name):
-        dist.scatter(each.view(-1).view(torch.uint8), parts, _global(owner, group), group)
+        dist.scatter(each.view(-1).view(torch.uint8), parts, global_rank(owner, group), group)
     return each[: max(0, min(count, shape[0] - rank * count))].clone()
 
 
@@ -268,10 +277,6 @@ def _broadcast(
     sent = sent.contiguous()
     broadcast(sent, owner, "resample", group)
     return sent
-
-
-def _global(rank: int, group: dist.ProcessGroup | None) -> int:
-    return rank if group is None else dist.get_global_rank(group, rank)
 
 
 def _like(w: Weight) -> Any:

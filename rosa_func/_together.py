@@ -68,8 +68,12 @@ def broadcast(tensor: Tensor, source: int, what: str, group: Group) -> None:
     """Send the tensor of the process of that rank in the group to the others, into theirs."""
     if tensor.numel():
         with waiting(what, group):
-            root = source if group is None else dist.get_global_rank(group, source)
-            dist.broadcast(tensor, root, group)
+            dist.broadcast(tensor, global_rank(source, group), group)
+
+
+def global_rank(rank: int, group: Group) -> int:
+    """Return the rank among all processes of that one of the group."""
+    return rank if group is None else dist.get_global_rank(group, rank)
 
 
 def description(tensor: Tensor) -> str:

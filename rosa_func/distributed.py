@@ -18,14 +18,13 @@ from rosa_func.checkpoint import digest
 from rosa_func.samplers import Sampler
 from rosa_func.weight import Parts, Weight, read
 from rosa_func.weight.donating import APART, handing_over
-from rosa_func.weight.gathering import group_of, is_sharded
+from rosa_func.weight.gathering import group_of, has_rows, is_matrix, is_sharded
 from rosa_func.weight.layout import entries, from_entries, is_frozen, kept_apart, refuse_sharded
-from rosa_func.weight.sharded import Sharded, shared, whole
+from rosa_func.weight.sharded import Sharded, shared, spread_over, whole
 from rosa_func.weight.sparse_part import sparse_parts
 
 if dist.is_available():
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 def shard(
@@ -94,12 +93,10 @@ def shard(
             f"{type(mesh).__name__}"
         )
     chosen = _chosen(read(state), targets, exclude)
-    placements = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
-    like = DTensor.from_local(torch.empty(0), mesh, placements, run_check=False)
-    found, apart = {}, kept_apart(state)
+    found, apart, like = {}, kept_apart(state), spread_over(mesh)
     for path, tensor in entries(state).items():
         found[path] = tensor
-        if not (is_frozen(path) and path[1] in chosen and tensor.ndim and len(tensor) > 1):
+        if not (is_frozen(path) and path[1] in chosen and has_rows(tensor.shape)):
             continue
         if path in apart:
             raise ValueError(
@@ -268,12 +265,12 @@ def begin(
 def check_equal(state: TensorDict, group: dist.ProcessGroup | None = None) -> str:
     """Make sure that all processes have the same state, bit for bit, and return its hash.
 
+    Of a sharded state, what is whole is the same in all processes, and rows where they are those of
+    one weight; its hash is another one than that of the whole state.
+
     Args:
         state: the state of this process.
         group: None for all processes.
-
-    Of a sharded state, what is whole is the same in all processes, and rows where they are those of
-    one weight; its hash is another one than that of the whole state.
 
     Returns:
         A SHA-256 of names, dtypes, shapes and bytes, in hexadecimal.
@@ -320,7 +317,7 @@ def _chosen(
     frozen = {
         name: value
         for name, value in parts.frozen.items()
-        if isinstance(value, Weight) or (value.ndim > 1 and value.is_floating_point())
+        if isinstance(value, Weight) or is_matrix(value)
     }
     named = {name: [name, keys.canonical(name)] for name in frozen}
     chosen = set(frozen) if targets is None else _meant(named, targets, "targets")

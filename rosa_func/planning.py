@@ -22,7 +22,7 @@ from rosa_func.storage import Master, Storage
 from rosa_func.targeting import Targets
 from rosa_func.trainable import parameters
 from rosa_func.weight import Weight, read
-from rosa_func.weight.gathering import rows_each
+from rosa_func.weight.gathering import has_rows, is_matrix, rows_each
 from rosa_func.weight.keeping import Place
 from rosa_func.weight.layout import entries, trains
 from rosa_func.weight.low_rank import LowRank
@@ -185,7 +185,7 @@ def _held(state: TensorDict, ranks: int) -> _Held:
     matrices, lost = [], 0
     for value in read(state).frozen.values():
         stored: Any = value.base if isinstance(value, Weight) else (value,)
-        if isinstance(value, Weight) or (value.ndim > 1 and value.is_floating_point()):
+        if isinstance(value, Weight) or is_matrix(value):
             matrices.append(sum(tensor.nbytes for tensor in stored))
             frozen -= sum(tensor.nbytes - _share(tensor, ranks) for tensor in stored)
         if isinstance(value, Weight) and value.lost is not None:
@@ -196,8 +196,8 @@ def _held(state: TensorDict, ranks: int) -> _Held:
 
 def _share(tensor: Tensor, ranks: int) -> int:
     """Return the bytes of the first rank's rows; one row alone is whole everywhere."""
-    rows = len(tensor) if tensor.ndim else 1
-    return tensor.nbytes if rows <= 1 else tensor[: rows_each(rows, ranks)].nbytes
+    is_spread = has_rows(tensor.shape)
+    return tensor[: rows_each(len(tensor), ranks)].nbytes if is_spread else tensor.nbytes
 
 
 def _stepped(

@@ -18,6 +18,7 @@ from rosa_func.storage import Master, Storage
 from rosa_func.targeting import Plan, Targets
 from rosa_func.weight import Parts, Weight, write
 from rosa_func.weight.donating import Take, emptying
+from rosa_func.weight.gathering import has_rows, is_matrix
 from rosa_func.weight.keeping import Place
 from rosa_func.weight.rounding import factor_dtype
 from rosa_func.weight.sharded import shared
@@ -209,8 +210,8 @@ def split_all(
 
 def _own_rows(tensor: Tensor, like: Any) -> Tensor:
     """Return the rows of this process of what `distributed.shard` shards, and the rest whole."""
-    is_matrix = tensor.ndim > 1 and len(tensor) > 1 and tensor.is_floating_point()
-    found: Tensor = shared(tensor, like) if is_matrix else tensor
+    is_spread = is_matrix(tensor) and has_rows(tensor.shape)
+    found: Tensor = shared(tensor, like) if is_spread else tensor
     return found
 
 

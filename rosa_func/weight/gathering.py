@@ -60,6 +60,16 @@ def group_of(tensor: Any) -> dist.ProcessGroup:
     return group
 
 
+def is_matrix(tensor: Tensor) -> bool:
+    """Return whether a frozen tensor that is not adapted is sharded by default."""
+    return tensor.ndim > 1 and tensor.is_floating_point()
+
+
+def has_rows(shape: Sequence[int]) -> bool:
+    """Return whether a tensor can be spread by rows; one row alone stays whole."""
+    return len(shape) > 0 and shape[0] > 1
+
+
 def rows_each(rows: int, size: int) -> int:
     """Return how many rows each of `size` ranks has; the last ones may have fewer, or none."""
     return -(-rows // size)

@@ -14,7 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rosa_func._torch import is_fake, outside_transforms
-from rosa_func.weight.gathering import Pass, bare, gathered, group_of, is_sharded, rows_each
+from rosa_func.weight.gathering import (
+    Pass,
+    bare,
+    gathered,
+    group_of,
+    has_rows,
+    is_sharded,
+    rows_each,
+)
 from rosa_func.weight.parallel import is_worker, map_weights
 from rosa_func.weight.parts import Base, Weight, mapped
 
@@ -93,7 +101,7 @@ class Sharded:
     def store(self, R: Tensor) -> "tuple[Sharded, Tensor | None]":
         """Store another R, which every rank has as a whole, as this one is stored."""
         stored, lost = self.stored.store(R)
-        fields = [field for field in self.spread if len(getattr(stored, field)) > 1]
+        fields = [field for field in self.spread if has_rows(getattr(stored, field).shape)]
         return Sharded(mapped(stored, lambda t: shared(t, self.like), fields), self.name), lost
 
 
