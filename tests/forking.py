@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +15,23 @@ import torch.distributed as dist
 
 DEADLINE = 120.0  # seconds, after which the processes of a group are killed
 
+ENDS = 300.0  # seconds, after which a worker is killed
+
 Work = Callable[[int, Path], object]
+
+
+def run_worker(script: str, folder: Path) -> str:
+    """Run a script that calls `in_a_group`, and return what it printed as errors."""
+    done = subprocess.run(
+        [sys.executable, script, str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=ENDS,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 def in_a_group(work: Work, folder: Path, name: str, size: int = 2, timeout: float = 20.0) -> None:

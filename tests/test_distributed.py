@@ -1,8 +1,6 @@
 """Two processes and one: the same gradients, the same weights, half the decompositions each."""
 
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 
 import ddp_worker
 import rosa_func
+from forking import run_worker
 from references import state_bytes
 from rosa_func import distributed
 
@@ -20,12 +19,8 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     if not hasattr(os, "fork"):
         pytest.skip("the processes are forked")
     folder = tmp_path_factory.mktemp("ddp")
-    command = [sys.executable, ddp_worker.__file__, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environment, timeout=300
-    )
-    assert all((folder / f"{rank}.pt").exists() for rank in range(2)), done.stderr
+    errors = run_worker(ddp_worker.__file__, folder)
+    assert all((folder / f"{rank}.pt").exists() for rank in range(2)), errors
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -159,16 +159,21 @@ def test_every_command_that_is_written_down_is_there_and_the_index_has_them_all(
             assert f"`python -m {name.removesuffix('.__main__')}" in index
 
 
+def options_of_a_run(data_folder: Path, out: str, *options: object) -> list[object]:
+    """Return the arguments of `run_example` for a finetune of the tiny model on its data."""
+    start = ["--model", data_folder / "model", "--data", data_folder, "--out", data_folder / out]
+    return ["finetune", *start, *options]
+
+
 def options_of_6_steps(data_folder: Path, out: str, *options: object) -> list[object]:
     """Return the arguments of `run_example` for a finetune of 6 steps; later options win."""
-    start = ["--model", data_folder / "model", "--data", data_folder, "--out", data_folder / out]
-    return ["finetune", *start, "--steps", 6, "--eval-every", 3, *options]
+    return options_of_a_run(data_folder, out, "--steps", 6, "--eval-every", 3, *options)
 
 
 def options_of_a_step(data_folder: Path, out: str, *options: object) -> list[object]:
     """Return the arguments of `run_example` for a finetune of one step; later options win."""
-    start = ["--model", data_folder / "model", "--data", data_folder, "--out", data_folder / out]
-    return ["finetune", *start, "--steps", 1, "--rank", 2, "--max-length", 64, *options]
+    short = ["--steps", 1, "--rank", 2, "--max-length", 64]
+    return options_of_a_run(data_folder, out, *short, *options)
 
 
 @pytest.mark.parametrize("method", ["full", "lora", *(f"rosa-{name}" for name in SAMPLER_NAMES)])

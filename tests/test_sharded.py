@@ -4,8 +4,6 @@ Laws run on a mesh of one process; what needs more is done by tests/sharded_work
 """
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import rosa_func
 import sharded_worker
+from forking import run_worker
 from models import randn, seeded, tiny_gpt2, token_ids, two_layers
 from modules import ExpertsInOneProduct
 from references import relative_distance, state_bytes
@@ -45,15 +44,11 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not hasattr(os, "fork"):
         pytest.skip("the processes are forked")
     folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, sharded_worker.__file__, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environment, timeout=300
-    )
+    errors = run_worker(sharded_worker.__file__, folder)
     found = [
         (folder / str(size) / f"{rank}.pt").exists() for size in (2, 4) for rank in range(size)
     ]
-    assert all(found), done.stderr
+    assert all(found), errors
     return folder
 
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 
 import rosa_func
 import sharded_files_worker
+from forking import run_worker
 from models import seeded, tiny_gpt2
 from rosa_func import checkpoint
 from rosa_func.weight.layout import entries, is_frozen
@@ -23,12 +22,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes a
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, sharded_files_worker.__file__, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environment, timeout=300
-    )
-    assert not done.returncode, done.stderr
+    run_worker(sharded_files_worker.__file__, folder)
     return folder
 
 
